@@ -23,6 +23,7 @@ from tests.commands import PREFIX_SERVICE, run_command
 from tests.forked import Forked
 from tests.missing import not_tested
 from tests.postgresql import PostgreSQL, binaries
+from tests.seaweedfs import SeaweedFS
 from tests.turns import FilesInTurn, longest_first
 
 # Slow machines are no failure. `pytest --hypothesis-profile=thorough` tries more examples, and others each time.
@@ -110,8 +111,8 @@ _AT_IMPORT: Final = {"PYTHONPATH", "OMP_NUM_THREADS"}
 
 def _started(program: Sequence[str], arguments: list[str], log: Path, more: dict[str, str]) -> Process:
     environment = {**os.environ, **more}
-    is_alone = program == PREFIX_SERVICE and "--workers" not in arguments and not _AT_IMPORT & more.keys()
-    if is_alone and "PYTEST_VERSION" in environment and "COVERAGE_PROCESS_CONFIG" not in environment:
+    can_fork = program == PREFIX_SERVICE and not _AT_IMPORT & more.keys()
+    if can_fork and "PYTEST_VERSION" in environment and "COVERAGE_PROCESS_CONFIG" not in environment:
         return Forked(arguments, log, environment)
     with log.open("wb") as output:
         return subprocess.Popen([*program, *arguments], stdout=output, stderr=output, env=environment)
@@ -168,7 +169,15 @@ def postgresql() -> Iterator[PostgreSQL]:
     bin_ = binaries()
     if bin_ is None:
         not_tested("PostgreSQL is not installed")
-    server = PostgreSQL(bin_)
+    server = PostgreSQL(bin_, free_port())
+    yield server
+    server.remove()
+
+
+@pytest.fixture(scope="session")
+def seaweedfs() -> Iterator[SeaweedFS]:
+    """Yields an S3-compatible server of these tests."""
+    server = SeaweedFS(free_port)
     yield server
     server.remove()
 

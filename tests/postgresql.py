@@ -29,10 +29,12 @@ def binaries() -> Path | None:
 
 
 class PostgreSQL:
-    """A server on a Unix socket in a temporary folder, with a language's sort order and a time zone of its own."""
+    """A server on a Unix socket in a temporary folder, and on a TCP port with TLS; it has a language's sort order and a
+    time zone of its own. `authority` is the file of the authority of its certificate, for `localhost`.
+    """
 
-    def __init__(self, bin_: Path) -> None:
-        self._bin = bin_
+    def __init__(self, bin_: Path, port: int) -> None:
+        self._bin, self._port = bin_, port
         # This is not pytest's folder, which is the owner's alone: PostgreSQL refuses to run as root.
         self._folder = Path(tempfile.mkdtemp(prefix="prefix-pg-"))
         self._user = _SUPERUSER if os.getuid() == 0 else getpass.getuser()
@@ -41,12 +43,18 @@ class PostgreSQL:
         language = ("--encoding=UTF8", "--locale=C.UTF-8", "--locale-provider=icu", "--icu-locale=en-US")
         options = (f"--username={_SUPERUSER}", "--auth=trust", "--no-sync", "--no-instructions", *language)
         subprocess.run(self._command("initdb", *options), check=True, capture_output=True, cwd=self._folder)
+        self.authority, key = self._folder / "server.pem", self._folder / "server.key"
+        request = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+        request += ["-addext", "subjectAltName=DNS:localhost", "-keyout", str(key), "-out", str(self.authority)]
+        subprocess.run(request, check=True, capture_output=True)
+        shutil.chown(key, self._user)
+        self._tls = ("ssl=on", f"ssl_cert_file={self.authority}", f"ssl_key_file={key}")
         self.start()
 
     def start(self) -> None:
         """Starts the server, and waits until it answers."""
-        socket = ("-k", str(self._folder), "-c", "listen_addresses=")
-        settings = ("fsync=off", "max_connections=200", "timezone=Asia/Tokyo", "deadlock_timeout=50ms")
+        socket = ("-k", str(self._folder), "-p", str(self._port), "-c", "listen_addresses=127.0.0.1")
+        settings = (*self._tls, "fsync=off", "max_connections=200", "timezone=Asia/Tokyo", "deadlock_timeout=50ms")
         options = (*(word for setting in settings for word in ("-c", setting)), *socket)
         with (self._folder / "log").open("ab") as log:
             command = self._command("postgres", *options)
@@ -66,6 +74,29 @@ class PostgreSQL:
         finally:
             self.start()
 
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Stops every process of the server, whose kernel goes on to accept connections, until the block ends."""
+        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")
+        pids = [self._process.pid, *map(int, children.read_text().split())]
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
+
+    def cut_notifications_off(self, database: str) -> None:
+        """Makes NOTIFY by `pg_notify` do nothing in a database, for connections that begin from now on."""
+        self.execute("CREATE FUNCTION public.pg_notify(text, text) RETURNS void LANGUAGE sql AS 'SELECT'", database)
+        self.execute(f"ALTER DATABASE {database} SET search_path = public, pg_catalog")
+
+    def end_sessions(self, database: str) -> None:
+        """Breaks off every session of a database."""
+        query = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{database}'"  # noqa: S608
+        self.execute(query)
+
     def remove(self) -> None:
         """Stops the server, and removes its folder."""
         self._stop()
@@ -73,12 +104,16 @@ class PostgreSQL:
 
     def url(self, database: str) -> str:
         """Returns the URL of a database."""
-        return f"postgresql+psycopg://{_SUPERUSER}@/{database}?host={self._folder}"
+        return f"postgresql+psycopg://{_SUPERUSER}@/{database}?host={self._folder}&port={self._port}"
+
+    def tls_url(self, database: str) -> str:
+        """Returns the URL of a database over TCP, which demands TLS of no authority yet."""
+        return f"postgresql+psycopg://{_SUPERUSER}@localhost:{self._port}/{database}?sslmode=verify-full"
 
     def new_database(self, template: str = "template0") -> str:
         """Makes a database as a copy of another one, and returns its name."""
         name = f"test_{next(self._count)}"
-        self.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+        self.execute(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY FILE_COPY")  # quick without fsync
         return name
 
     def drop(self, database: str) -> None:
@@ -95,7 +130,9 @@ class PostgreSQL:
         self._process.wait(30)
 
     def _connect(self, database: str) -> psycopg.Connection:
-        return psycopg.connect(host=str(self._folder), user=_SUPERUSER, dbname=database, autocommit=True)
+        return psycopg.connect(
+            host=str(self._folder), port=self._port, user=_SUPERUSER, dbname=database, autocommit=True
+        )
 
     def _answers(self) -> bool:
         try:

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 import pytest
 
+from tests.forked import SPARE
+
 T = TypeVar("T")
 
 
@@ -22,7 +24,8 @@ def skip_under_nohup(number: signal.Signals) -> None:
 def workers_of(supervisor: int) -> list[int]:
     """Returns the processes that a supervisor started to serve, in the order of their starts."""
     children = [int(child) for child in Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split()]
-    return [child for child in children if b"spawn_main" in _command(child)]
+    tracker, spare = b"resource_tracker", f"{SPARE}\n".encode()
+    return [child for child in children if tracker not in _read(child, "cmdline") and _read(child, "comm") != spare]
 
 
 def is_alive(pid: int) -> bool:
@@ -61,8 +64,8 @@ def within(seconds: float) -> Iterator[None]:
     assert took < seconds, f"took {took:.1f} seconds"
 
 
-def _command(pid: int) -> bytes:
+def _read(pid: int, name: str) -> bytes:
     try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
+        return Path(f"/proc/{pid}/{name}").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
         return b""

@@ -84,6 +84,12 @@ except ZeroDivisionError as error:
         assert line["exception"].endswith("ZeroDivisionError: division by zero")
 
 
+def test_passwords_in_urls_are_redacted() -> None:
+    """Whatever library writes the URL; an address without a password stays."""
+    assert redacted("to postgresql+psycopg://me:hunter2@db/x now") == "to postgresql+psycopg://me:***@db/x now"
+    assert redacted("at http://127.0.0.1:8080/docs, a@b") == "at http://127.0.0.1:8080/docs, a@b"
+
+
 @pytest.mark.parametrize("length", [4, 5, 12, 30, 60, len(KEY)])
 def test_keys_are_redacted_whole_or_cut_off(length: int) -> None:
     """A key that a message has cut off is redacted like a whole one."""
@@ -139,7 +145,7 @@ def test_a_terminal_gets_readable_lines_of_requests() -> None:
     code = """
 from prefix_service.logs import RequestLog
 plain = {"method": "GET", "route": "/v1/x", "status": 200, "seconds": 0.0123, "bytes": 7, "code": None}
-times = {"cold": True, "wait_seconds": 0.001, "load_seconds": 0.002, "send_seconds": 0.0093}
+times = {"cold": True, "prepare_seconds": 0.001, "load_seconds": 0.002, "send_seconds": 0.0093}
 requests = RequestLog()
 requests.write("info", dict(plain))
 requests.write("info", {**plain, **times, "tenant": "acme", "adapter": "a", "version": 7})
@@ -152,8 +158,8 @@ requests.write("info", {**plain, "status": 404, "code": "not-found", "request_id
     os.close(parent)
     assert shown == [
         "200 GET /v1/x 12.3 ms 7 B",
-        "200 GET /v1/x 12.3 ms 7 B acme/a@7 (cold: wait 1.0 ms, load 2.0 ms, send 9.3 ms)",
-        "200 GET /v1/x 12.3 ms 7 B acme/a@7 and 16 more (warm: wait 1.0 ms, load 2.0 ms, send 9.3 ms)",
+        "200 GET /v1/x 12.3 ms 7 B acme/a@7 (cold: prepare 1.0 ms, load 2.0 ms, send 9.3 ms)",
+        "200 GET /v1/x 12.3 ms 7 B acme/a@7 and 16 more (warm: prepare 1.0 ms, load 2.0 ms, send 9.3 ms)",
         "404 GET /v1/x 12.3 ms 7 B not-found r1",
     ]
 

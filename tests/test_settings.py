@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from prefix_service.cli.commands.serve import load_settings
+from prefix_service.errors import InvalidInput
 from prefix_service.settings import NOT_SETTINGS, Settings, unknown_variables
 from tests.conftest import running_server
 from tests.processes import lines_of
@@ -52,11 +54,41 @@ def test_values_out_of_bounds(monkeypatch: pytest.MonkeyPatch, name: str, value:
 @pytest.mark.parametrize(("text", "nbytes"), [("4GB", 4_000_000_000), ("20GiB", 20 << 30), ("4096", 4096)])
 def test_sizes_take_units(monkeypatch: pytest.MonkeyPatch, text: str, nbytes: int) -> None:
     """Every budget and bound takes a size with a unit from the environment."""
-    for name in ("DEVICE_BYTES", "RENDERING_BYTES", "WORK_BYTES", "MAX_REQUEST_BYTES", "MAX_UPLOAD_BYTES"):
+    for name in (
+        "DEVICE_BYTES",
+        "RENDERING_BYTES",
+        "WORK_BYTES",
+        "BLOB_CACHE_BYTES",
+        "MAX_REQUEST_BYTES",
+        "MAX_UPLOAD_BYTES",
+    ):
         monkeypatch.setenv(f"PREFIX_{name}", text)
     made = Settings()
-    sizes = (made.device_bytes, made.rendering_bytes, made.work_bytes, made.max_request_bytes, made.max_upload_bytes)
-    assert set(sizes) == {nbytes}
+    sizes = (made.device_bytes, made.rendering_bytes, made.work_bytes, made.blob_cache_bytes)
+    assert {*sizes, made.max_request_bytes, made.max_upload_bytes} == {nbytes}
+
+
+@pytest.mark.parametrize("text", ["s3://bucket", "s3://bucket/path", "s3://a.bucket-7/of/service_1/"])
+def test_places_for_blobs(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """A bucket, and a path in it, can be named."""
+    monkeypatch.setenv("PREFIX_BLOBS_URL", text)
+    assert Settings().blobs_url == text
+
+
+@pytest.mark.parametrize("text", ["", "bucket/path", "http://bucket", "s3://", "s3://B", "s3://bucket/?x", "s3:bucket"])
+def test_what_is_no_place_for_blobs(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """Whatever names no bucket is refused."""
+    monkeypatch.setenv("PREFIX_BLOBS_URL", text)
+    with pytest.raises(ValidationError, match="s3://bucket/path"):
+        Settings()
+
+
+def test_a_key_in_the_url_is_refused_and_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys belong into AWS_… variables, and the error of `serve` does not repeat one."""
+    monkeypatch.setenv("PREFIX_BLOBS_URL", "s3://id:geheim@bucket/path")
+    with pytest.raises(InvalidInput, match="PREFIX_BLOBS_URL: the URL must not contain a key") as caught:
+        load_settings({})
+    assert "geheim" not in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["4 gigs", "4,5GB", "0GiB", "-4GB"])
@@ -135,6 +167,48 @@ def test_the_secret_is_in_the_data_folder_unless_told(tmp_path: Path) -> None:
     """A service has its own secret in the data folder; replicas share one by a file."""
     assert Settings(data_dir=tmp_path).secret_file == tmp_path / "key.secret"
     assert Settings(data_dir=tmp_path, key_secret_file=tmp_path / "s").secret_file == tmp_path / "s"
+
+
+SERVER = "postgresql+psycopg://someone:hunter2@db.example/prefix"
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("hunter2", "has no ://"),
+        ("postgres://someone:hunter2@db/prefix", r"begin it with postgresql\+psycopg:// instead of postgres://"),
+        ("mysql://someone:hunter2@db/prefix", r"only postgresql\+psycopg:// is supported, not 'mysql'"),
+        ("postgresql+psycopg://someone:hunter2@db:x/prefix", "the port is a number"),
+        ("postgresql+psycopg://someone:hunter2@db", "names no database"),
+        ("postgresql+psycopg://someone:hunter@2@db/prefix", "as in p%40ss"),
+    ],
+)
+def test_what_is_wrong_with_a_catalogs_url(monkeypatch: pytest.MonkeyPatch, url: str, said: str) -> None:
+    """The message says it, and never shows the URL, which may have a password; nor does any other form of the error."""
+    monkeypatch.setenv("PREFIX_CATALOG_URL", url)
+    monkeypatch.setenv("PREFIX_KEY_SECRET_FILE", "secret")
+    with pytest.raises(InvalidInput, match=f"^PREFIX_CATALOG_URL: .*{said}") as told:
+        load_settings({})
+    assert "hunter" not in str(told.value) + str(told.value.__cause__)
+
+
+def test_a_catalogs_url_is_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings do not show it, and it needs a secret that all replicas have."""
+    monkeypatch.setenv("PREFIX_CATALOG_URL", f"{SERVER}?sslmode=verify-full")
+    with pytest.raises(InvalidInput, match="openssl rand -hex 32") as told:
+        load_settings({})
+    monkeypatch.setenv("PREFIX_KEY_SECRET_FILE", "secret")
+    assert "hunter2" not in repr(load_settings({})) + str(told.value) + str(told.value.__cause__)
+
+
+@pytest.mark.parametrize("address", ["10.0.0.5:8080", "ftp://a", "http://a/b", "http://a:99999", "http://u:p@a"])
+def test_what_is_no_address(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    """An advertised address is one at which a client can be pointed."""
+    monkeypatch.setenv("PREFIX_ADVERTISE", address)
+    with pytest.raises(InvalidInput, match="PREFIX_ADVERTISE: an address "):
+        load_settings({})
+    monkeypatch.setenv("PREFIX_ADVERTISE", "https://replica-1.example.org:8443/")
+    assert load_settings({}).advertise == "https://replica-1.example.org:8443"
 
 
 def test_the_parser_is_the_fast_one_where_only_this_machine_comes_in() -> None:

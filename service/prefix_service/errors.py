@@ -277,9 +277,10 @@ class CorruptBlob(Unavailable):
 
 
 class StorageFailed(Unavailable):
-    """The disk or the catalog refused a read or a write."""
+    """The disk or the catalog refused a read or a write. If `is_undone`, it left nothing and is worth another try."""
 
     code = "storage-failed"
+    is_undone = False
 
 
 class Internal(PrefixServiceError):

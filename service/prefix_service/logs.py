@@ -23,6 +23,7 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 
 _NUMBERS: Final = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 _KEY: Final = re.compile(r"pfx_\w+")
+_PASSWORD: Final = re.compile(r"(?<=://)([^\s/:@?#]*):[^\s/@?#]*@")
 _STANDARD_ERROR: Final = 2
 
 
@@ -43,8 +44,10 @@ request_context: ContextVar[dict[str, str]] = ContextVar("request_context")
 
 
 def redacted(text: str) -> str:
-    """Returns the text with everything that looks like a key, even a truncated one, replaced."""
-    return _KEY.sub("pfx_***", text) if "pfx_" in text else text
+    """Returns the text with everything that looks like a key, even a truncated one, and passwords in URLs replaced."""
+    if "pfx_" in text:
+        text = _KEY.sub("pfx_***", text)
+    return _PASSWORD.sub(r"\1:***@", text) if "://" in text else text
 
 
 def for_people() -> bool:
@@ -139,7 +142,7 @@ def _served_for_people(fields: dict[str, Any]) -> list[str]:
         named = f"{fields['tenant']}/{fields['adapter']}@{fields['version']}"
     else:
         named = f"{fields['versions'][0]} and {fields['num_versions'] - 1} more"
-    times = ", ".join(f"{part} {fields[f'{part}_seconds'] * 1000:.1f} ms" for part in ("wait", "load", "send"))
+    times = ", ".join(f"{part} {fields[f'{part}_seconds'] * 1000:.1f} ms" for part in ("prepare", "load", "send"))
     return [named, f"({'cold' if fields['cold'] else 'warm'}: {times})"]
 
 

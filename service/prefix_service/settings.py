@@ -1,12 +1,14 @@
 """The settings of the service with their defaults; each is an environment variable with the prefix `PREFIX_`."""
 
+import contextlib
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from prefix_service.errors import InvalidInput
@@ -16,6 +18,7 @@ from prefix_service.system.sizes import EXAMPLES, parse_bytes
 _MIB = 1 << 20
 _GIB = 1 << 30
 _PREFIX: Final = "PREFIX_"
+_BUCKET: Final = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9_./-]*)?")
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 
 NOT_SETTINGS: Final = {
@@ -50,15 +53,50 @@ Size = Annotated[int, BeforeValidator(_bytes), Field(gt=0)]
 """A number of bytes; in the environment with or without a unit."""
 
 
+def _catalog_url(value: SecretStr) -> SecretStr:
+    """Returns the URL of a catalog unchanged, or raises ValueError without it, since it may have a password."""
+    from prefix_service.catalog.url import require_url  # SQLAlchemy takes a tenth of a second
+
+    try:
+        require_url(value.get_secret_value())
+    except InvalidInput as error:
+        raise ValueError(error.message) from None
+    return value
+
+
+def _address(value: str) -> str:
+    """Returns the address of a service without a slash at its end."""
+    parts, is_address = urlsplit(value), False
+    with contextlib.suppress(ValueError):  # the port is no number, or too large
+        has_host = bool(parts.hostname) and parts.port != 0
+        is_address = has_host and parts.scheme in ("http", "https") and parts.path in ("", "/") and not parts.query
+    if not is_address:
+        raise ValueError("an address is written as http://10.0.0.5:8080 or https://prefix-1.example.org")
+    if parts.username is not None:
+        raise ValueError("an address has no user and no password: platform admins and logs see it")
+    return value.rstrip("/")
+
+
 class Settings(BaseSettings):
     """The configuration of one service, read once from the environment, and immutable."""
 
-    model_config = SettingsConfigDict(env_prefix="PREFIX_", frozen=True, extra="ignore")
+    # Inputs are hidden because a value can be secret.
+    model_config = SettingsConfigDict(env_prefix="PREFIX_", frozen=True, extra="ignore", hide_input_in_errors=True)
 
     host: Annotated[str, Field(description="address to listen on")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="TCP port to listen on")] = 8080
     uds: Annotated[Path | None, Field(description="Unix socket to listen on instead of TCP")] = None
     data_dir: Annotated[Path, Field(description="folder of the catalog, the blobs and the keys' secret")] = Path("data")
+    blobs_url: Annotated[
+        str | None,
+        Field(
+            description="`s3://bucket/path` that holds the blobs instead of the data folder; server and keys come from "
+            "the usual `AWS_…` variables"
+        ),
+    ] = None
+    blob_cache_bytes: Annotated[
+        Size, Field(description="most bytes of copies of blobs in the data folder, with `PREFIX_BLOBS_URL`")
+    ] = 10 * _GIB
     workers: Annotated[int, Field(ge=1, le=64, description="processes that serve the same data folder")] = 1
     dev: Annotated[bool, Field(description="no keys, every caller may do everything; on loopback only")] = False
     read_only: Annotated[
@@ -67,6 +105,17 @@ class Settings(BaseSettings):
     device: Annotated[str, Field(description="where prefixes are encoded and kept: auto, cpu, cuda or cuda:1")] = "auto"
     key_secret_file: Annotated[
         Path | None, Field(description="secret that keys are hashed with; made in the data folder when absent")
+    ] = None
+    catalog_url: Annotated[
+        Annotated[SecretStr, AfterValidator(_catalog_url)] | None,
+        Field(
+            description="PostgreSQL database of the catalog, `postgresql+psycopg://user:password@host/database`; "
+            "SQLite in the data folder when absent"
+        ),
+    ] = None
+    advertise: Annotated[
+        Annotated[str, AfterValidator(_address)] | None,
+        Field(description="address at which clients reach this replica, such as `http://10.0.0.5:8080`"),
     ] = None
     device_bytes: Annotated[
         Size, Field(description="budget of each process for prefixes on the device; a request may hold half")
@@ -143,10 +192,28 @@ class Settings(BaseSettings):
         """Drops the variables that Kubernetes sets for a Service named `prefix`: PREFIX_PORT=tcp://10.0.0.1:8080."""
         return {name: value for name, value in given.items() if not _is_link(value)}
 
+    @field_validator("blobs_url")
+    @classmethod
+    def _names_a_bucket(cls, url: str | None) -> str | None:
+        if url is not None and "@" in url:
+            raise ValueError("the URL must not contain a key: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+        if url is not None and not _BUCKET.fullmatch(url):
+            raise ValueError("a place for blobs is written as in s3://bucket/path")
+        return url
+
     @model_validator(mode="after")
     def _dev_stays_at_home(self) -> Self:
         if self.dev and self.uds is None and self.host not in LOOPBACK:
             raise ValueError(f"dev mode has no keys, so it listens on loopback only, not on {self.host}")
+        return self
+
+    @model_validator(mode="after")
+    def _replicas_share_a_secret(self) -> Self:
+        if self.catalog_url is not None and self.key_secret_file is None:
+            raise ValueError(
+                "PREFIX_CATALOG_URL needs PREFIX_KEY_SECRET_FILE, a file with the same secret on every replica: make "
+                "it once with `openssl rand -hex 32`"
+            )
         return self
 
     @property
@@ -165,6 +232,12 @@ class Settings(BaseSettings):
 def variable(name: str) -> str:
     """Returns the environment variable of a setting."""
     return _PREFIX + name.upper()
+
+
+def is_secret(name: str) -> bool:
+    """Returns whether the value of a setting must not be shown."""
+    field = Settings.model_fields.get(name)
+    return field is not None and "SecretStr" in str(field.annotation)
 
 
 def unknown_variables(environment: Iterable[tuple[str, str]]) -> list[tuple[str, str | None]]:

@@ -11,7 +11,7 @@ from fastapi import FastAPI
 
 @contextmanager
 def served(app: FastAPI) -> Iterator[str]:
-    """The app's URL, while the block runs."""
+    """Yields the app's URL while the block runs."""
     server = uvicorn.Server(uvicorn.Config(app, port=0, ws="none", log_config=None, access_log=False))
     thread = threading.Thread(target=server.run)
     thread.start()

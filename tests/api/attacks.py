@@ -1,4 +1,4 @@
-"""What tests of attacks measure: the memory of a server, and how long it is silent."""
+"""Measurements for tests of attacks: a server's memory, and how long it is silent."""
 
 import threading
 import time
@@ -14,7 +14,8 @@ from tests.conftest import Server
 
 @dataclass
 class Harm:
-    """What an attack did: bytes by which the server's peak memory grew, and the longest wait for `/livez`, seconds."""
+    """The harm of an attack: bytes by which the server's peak memory grew, and the longest wait for `/livez` in
+    seconds."""
 
     memory: int = 0
     silence: float = 0.0
@@ -22,7 +23,7 @@ class Harm:
 
 @contextmanager
 def harm(server: Server) -> Iterator[Harm]:
-    """Measures while the block runs."""
+    """Yields an object that has the harm once the block has ended."""
     found, before, stop = Harm(), peak_memory(server), threading.Event()
 
     def ask() -> None:

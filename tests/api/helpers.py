@@ -1,4 +1,5 @@
-"""What the HTTP suites share: uploads well-formed and not, problem documents, safetensors bodies, raw sockets."""
+"""Parts that the HTTP suites share: uploads, well-formed and not, problem documents, safetensors bodies, raw
+sockets."""
 
 import json
 import socket
@@ -32,24 +33,24 @@ SHAPE = (3, 32)
 
 
 def weights(seed: int = 0) -> bytes:
-    """A sound weights file for CONFIG."""
+    """Returns a sound weights file for CONFIG."""
     flat = torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
     return save({"prompt_embeddings": flat})
 
 
 def safetensors_file(header: Mapping[str, Any] | bytes, data: bytes = b"", length: int | None = None) -> bytes:
-    """A safetensors file as told, sound or not."""
+    """Returns a safetensors file with this header and data, sound or not."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
 
 def entry(shape: list[Any], start: int, stop: int, dtype: Any = "F32") -> dict[str, Any]:
-    """One tensor of a safetensors header."""
+    """Returns one tensor of a safetensors header."""
     return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
 
 
 def versions_path(tenant: str, adapter: str) -> str:
-    """Where versions are published."""
+    """Returns the path where versions are published."""
     return f"/v1/tenants/{tenant}/adapters/{adapter}/versions"
 
 
@@ -61,7 +62,7 @@ def upload(
     file: bytes | None = None,
     base: Mapping[str, Any] | None = None,
 ) -> httpx.Response:
-    """Publish a version from parts."""
+    """Publishes a version from parts, and returns the answer."""
     parts = {"adapter_config.json": config if isinstance(config, bytes) else json.dumps(config).encode()}
     if base is not None:
         parts["base_model_config"] = json.dumps(base).encode()
@@ -70,7 +71,7 @@ def upload(
 
 
 def upload_directory(client: httpx.Client, tenant: str, adapter: str, directory: Path) -> dict[str, Any]:
-    """Publish an adapter directory of the corpus; the new version's description."""
+    """Publishes an adapter directory of the corpus, and returns the new version's description."""
     config = (directory / "adapter_config.json").read_bytes()
     answer = upload(client, tenant, adapter, config, (directory / "adapter_model.safetensors").read_bytes())
     assert answer.status_code in (200, 201), answer.text
@@ -79,18 +80,18 @@ def upload_directory(client: httpx.Client, tenant: str, adapter: str, directory:
 
 
 def adapter_of(case: str) -> Path:
-    """The adapter directory of a corpus case."""
+    """Returns the adapter directory of a corpus case."""
     return CORPUS / "cases" / case / "adapter"
 
 
 def expected_of(case: str) -> Tensors:
-    """The tensors that PEFT computes from a corpus case."""
+    """Returns the tensors that PEFT computes from a corpus case."""
     return load_file(CORPUS / "cases" / case / "expected.safetensors")
 
 
 def problem(answer: httpx.Response, status: int, code: str | None = None) -> dict[str, Any]:
-    """Assert that an answer is a problem document with this status, and with this code; under `/v2` its member `error`
-    must say the same as `detail`, and is not returned."""
+    """Checks that an answer is a problem document with this status and code, and returns it; under `/v2` its member
+    `error` must equal `detail`, and is not returned."""
     assert answer.status_code == status, f"{answer.status_code} {answer.text[:300]}"
     assert answer.headers["content-type"] == "application/problem+json"
     body: dict[str, Any] = answer.json()
@@ -105,7 +106,7 @@ def problem(answer: httpx.Response, status: int, code: str | None = None) -> dic
 
 
 def about_of(body: bytes) -> dict[str, Any]:
-    """The metadata of a prefix, and that it holds the one key `prefix`."""
+    """Returns the metadata of a prefix, and checks that its one key is `prefix`."""
     (length,) = struct.unpack("<Q", body[:8])
     metadata = json.loads(body[8 : 8 + length])["__metadata__"]
     assert list(metadata) == ["prefix"]
@@ -115,7 +116,7 @@ def about_of(body: bytes) -> dict[str, Any]:
 
 
 def tensors_of(answer: httpx.Response) -> Tensors:
-    """The tensors of a successful answer, read by the safetensors library."""
+    """Returns the tensors of a successful answer, read by the safetensors library."""
     assert answer.status_code == 200, answer.text
     assert answer.headers["content-type"] == MEDIA_TYPE
     tensors: Tensors = load(answer.content)
@@ -123,7 +124,7 @@ def tensors_of(answer: httpx.Response) -> Tensors:
 
 
 def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Equal in dtype, shape and every bit."""
+    """Checks that tensors are equal in dtype, shape and every bit."""
     assert found.dtype == expected.dtype
     assert found.shape == expected.shape
     assert torch.equal(found.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8))
@@ -139,7 +140,7 @@ class RawAnswer:
 
 
 def raw(server: Server, *pieces: bytes, timeout: float = 60) -> RawAnswer:
-    """Send bytes as they are, and read one answer; the request need not be complete."""
+    """Sends bytes as they are, and reads one answer; the request need not be complete."""
     address = urlsplit(server.url)
     with socket.create_connection((address.hostname, address.port), timeout=timeout) as connection:
         for piece in pieces:
@@ -148,7 +149,7 @@ def raw(server: Server, *pieces: bytes, timeout: float = 60) -> RawAnswer:
 
 
 def read_answer(connection: socket.socket) -> RawAnswer:
-    """One answer with a Content-Length, or as much as came before the connection ended."""
+    """Reads one answer with a Content-Length, or as much as comes before the connection ends."""
     received = b""
     while b"\r\n\r\n" not in received:
         received += _more(connection, received)
@@ -167,20 +168,20 @@ def _more(connection: socket.socket, so_far: bytes) -> bytes:
 
 
 def head(method: str, path: str, **headers: str) -> bytes:
-    """The head of a raw request; underscores in header names are hyphens."""
+    """Returns the head of a raw request; underscores in header names are hyphens."""
     fields = {"Host": "localhost", **{name.replace("_", "-"): value for name, value in headers.items()}}
     lines = [f"{method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items())]
     return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
 
 def assert_alive(server: Server) -> None:
-    """The process that was started still answers."""
+    """Checks that the process that was started still answers."""
     assert server.process.poll() is None
     assert httpx.get(f"{server.url}/readyz").status_code == 200
 
 
 def peak_memory(server: Server) -> int:
-    """The most bytes that the server has ever had in memory."""
+    """Returns the most bytes that the server has ever had in memory."""
     status = Path(f"/proc/{server.process.pid}/status").read_text()
     line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) << 10

@@ -1,4 +1,4 @@
-"""While the catalog is locked, keys that are known and answers that were given go on, for the stated 30 seconds."""
+"""While the catalog is locked, known keys and remembered answers hold for the stated 30 seconds."""
 
 import contextlib
 import sqlite3
@@ -17,7 +17,7 @@ PREFIX = "/v1/tenants/away/adapters/a/prefix"
 
 @contextlib.contextmanager
 def locked(server: Server) -> Iterator[None]:
-    """Nobody else reads or writes the catalog while the block runs."""
+    """Keeps others from reading and writing the catalog while the block runs."""
     with contextlib.closing(sqlite3.connect(server.data_dir / "catalog.sqlite", timeout=10)) as catalog:
         catalog.execute("BEGIN EXCLUSIVE")
         yield
@@ -31,7 +31,8 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 
 def test_known_keys_and_answers_go_on_while_the_catalog_is_locked(server: Server) -> None:
-    """Longer than anything was remembered for a fixed time: a key of a tenant with a rate, and the platform's."""
+    """A key of a tenant with a rate and one of the platform get remembered answers, for longer than any fixed time of
+    remembering."""
     admin = server.client()
     admin.put("/v1/tenants/away", json={"requests_per_second": 1000})
     own = server.client(admin.post("/v1/tenants/away/keys", json={"scope": "read"}).json()["key"])

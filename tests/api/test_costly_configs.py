@@ -1,4 +1,4 @@
-"""Configs of uploads that are made to take memory and time: their tenant pays, and others notice nothing."""
+"""Configs that cost much memory and time are charged to their tenant, and others notice nothing."""
 
 import json
 import re
@@ -22,7 +22,7 @@ SILENCE = 10.0  # seconds; generous, since others work on this machine too
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A service with a small budget for work in progress, and three tenants."""
+    """Yields a service with a small budget for work in progress, and three tenants."""
     folder = tmp_path_factory.mktemp("costly") / "data"
     with running_server(folder, environment={"PREFIX_WORK_BYTES": str(WORK)}) as running:
         for tenant in ("evil", "bad", "calm"):
@@ -31,7 +31,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def connected(stack: ExitStack, server: Server, request: bytes) -> socket.socket:
-    """A connection over which as much of the request was sent as the server took within a moment."""
+    """Returns a connection on which as much of the request was sent as the server took within a moment."""
     address = urlsplit(server.url)
     connection = stack.enter_context(socket.create_connection((address.hostname, address.port)))
     connection.setblocking(False)
@@ -40,7 +40,7 @@ def connected(stack: ExitStack, server: Server, request: bytes) -> socket.socket
 
 
 def jobs_wait(server: Server) -> bool:
-    """Whether work waits for memory within ten seconds."""
+    """Returns whether work waits for memory within ten seconds."""
     until, client = time.monotonic() + 10, server.client()
     while time.monotonic() < until:
         text = client.get("/metrics").text
@@ -67,7 +67,8 @@ def test_lists_in_a_base_models_config_are_counted(server: Server) -> None:
 
 
 def test_configs_of_uploads_that_stall_take_reserved_memory(server: Server) -> None:
-    """Two hundred, each behind a megabyte of a base model's config: what the budget has no room for waits unread."""
+    """Two hundred uploads stall behind a megabyte of a base model's config; those for which the budget has no room are
+    not read."""
     key = server.key("write", "evil")
     part = '--B\r\nContent-Disposition: form-data; name="{}"; filename="f"\r\n\r\n{}\r\n'
     base = json.dumps({"a": "x" * (MIB - 20)})
@@ -88,7 +89,7 @@ def test_configs_of_uploads_that_stall_take_reserved_memory(server: Server) -> N
 
 
 def test_two_tenants_with_large_bodies_leave_room_for_a_small_one(server: Server) -> None:
-    """They announce all that the budget holds, and send a byte of each."""
+    """Two tenants that announce bodies as large as the budget, and send a byte of each, leave room for a third."""
 
     keys = {tenant: server.key("read", tenant) for tenant in ("evil", "bad")}
 
@@ -110,7 +111,8 @@ def test_two_tenants_with_large_bodies_leave_room_for_a_small_one(server: Server
 
 
 def test_long_configs_are_shown_in_their_tenants_turn(server: Server) -> None:
-    """Three hundred requests for one of sixty kilobytes."""
+    """Two hundred requests for a config of sixty kilobytes wait in their tenant's turn, and `/livez` goes on
+    answering."""
     config = {**CONFIG, "x": [[]] * 14_000}
     assert upload(server.client(), "evil", "long", config).status_code == 201
     request = head("GET", "/v1/tenants/evil/adapters/long", authorization=f"Bearer {server.key('read', 'evil')}")

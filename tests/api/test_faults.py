@@ -1,4 +1,4 @@
-"""What a real service says and does while its disk or its catalog is in trouble, and that it recovers."""
+"""A real service while its disk or its catalog fails: its answers, its log, and its recovery."""
 
 import base64
 import hashlib
@@ -56,7 +56,7 @@ def folder(tmp_path: Path) -> Path:
 
 @contextmanager
 def serving(folder: Path, *options: str, **environment: str) -> Iterator[tuple[Server, httpx.Client]]:
-    """A service with the adapters `warm`, which is resident, and `cold`, which is not."""
+    """Yields a service with the adapters `warm`, which is resident, and `cold`, which is not."""
     with running_server(folder, *options, environment=environment) as server:
         client = server.client()
         for number, adapter in enumerate(("warm", "cold")):
@@ -66,7 +66,7 @@ def serving(folder: Path, *options: str, **environment: str) -> Iterator[tuple[S
 
 
 def not_ready(client: httpx.Client) -> str:
-    """The reason that both routes give, as soon as they do; in time."""
+    """Returns the reason that both routes of readiness give, as soon as they do."""
     until = time.monotonic() + 60
     while True:
         began = time.monotonic()
@@ -95,7 +95,7 @@ def eventually(holds: Callable[[], bool]) -> None:
 
 
 def refused(client: httpx.Client, code: str, adapter: str = "cold") -> str:
-    """What a read gets that needs what is away: 503 in time, and when to come again."""
+    """Checks that a read which needs the failed part gets 503 in time, with Retry-After."""
     began = time.monotonic()
     answer = client.get(f"{path(adapter)}/prefix")
     assert time.monotonic() - began < PROMPTLY
@@ -105,14 +105,14 @@ def refused(client: httpx.Client, code: str, adapter: str = "cold") -> str:
 
 
 def events(server: Server, name: str) -> list[dict[str, Any]]:
-    """The lines of the log with this beginning."""
+    """Returns the lines of the log that begin with this text."""
     lines = [json.loads(line) for line in server.log.read_text().splitlines()]
     return [line for line in lines if line["event"].startswith(name)]
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Another program keeps the catalog to itself."""
+    """Locks the catalog, as another program does."""
     holding = "import sqlite3, sys; sqlite3.connect(sys.argv[1], isolation_level=None).execute('BEGIN EXCLUSIVE')"
     command = [sys.executable, "-c", f"{holding}; print(flush=True); input()", str(folder / "catalog.sqlite")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
@@ -123,8 +123,8 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def test_a_locked_catalog(folder: Path) -> None:
-    """What is resident is served on; everything else gets its answer in time, also when many ask; nothing is left of it
-    afterwards."""
+    """While the catalog is locked, resident adapters are served and all else is refused in time, also for many callers;
+    afterwards everything works."""
     with serving(folder) as (server, client):
         with locked(folder):
             assert "locked" in refused(client, "storage-failed")
@@ -140,8 +140,8 @@ def test_a_locked_catalog(folder: Path) -> None:
 
 
 def test_an_alias_holds_while_the_catalog_is_away(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For the stated time, here one second, and then nobody is told what may be untrue; with the catalog it is again
-    what it points at."""
+    """While the catalog is away an alias holds for the stated time, here one second, and is then refused; afterwards it
+    is current."""
     monkeypatch.setattr(feed, "_STALE", 2.0)
     settings = Settings(data_dir=folder, dev=True)
     with opened(settings), served(create_app(settings)) as url, httpx.Client(base_url=url, timeout=30) as client:
@@ -163,7 +163,7 @@ def test_an_alias_holds_while_the_catalog_is_away(folder: Path, monkeypatch: pyt
 
 
 def test_a_blob_folder_that_is_gone(folder: Path) -> None:
-    """It is unavailable, and not damaged; nothing is encoded again, and the log names no lost blob."""
+    """A missing blob folder is `unavailable`, not damage: nothing is encoded again, and the log names no lost blob."""
     with serving(folder) as (server, client):
         (folder / "blobs").rename(folder / "away")
         assert "the blob folder blobs is gone" in not_ready(client)
@@ -178,7 +178,7 @@ def test_a_blob_folder_that_is_gone(folder: Path) -> None:
 
 
 def test_a_data_folder_that_is_gone(folder: Path) -> None:
-    """Though the catalog's file is still open, and answers."""
+    """A missing data folder makes the service not ready, although the open file of the catalog still answers."""
     with serving(folder) as (server, client):
         folder.rename(folder.with_name("away"))
         assert not_ready(client)
@@ -189,7 +189,7 @@ def test_a_data_folder_that_is_gone(folder: Path) -> None:
 
 
 def test_no_file_descriptors(folder: Path) -> None:
-    """It says so and goes on; what is resident needs none."""
+    """Without file descriptors the service reports it, serves what is resident, and recovers."""
     with serving(folder) as (server, client):
         pid = server.process.pid
         before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
@@ -208,7 +208,7 @@ def _lowest_free(pid: int) -> int:
 
 
 def test_a_full_disk(folder: Path) -> None:
-    """Reads go on, publishing is refused, and space can be freed: by deletions, and by the collection that follows."""
+    """On a full disk reads go on, publications are refused, and deletions and the following collection free space."""
     with small_disk(folder, 64 << 20), serving(folder, PREFIX_GARBAGE_GRACE="1") as (server, client):
         key = client.post("/v1/tenants/acme/keys", json={"scope": "read"}).json()["id"]
         client.put(f"{path('warm')}/aliases/prod", json={"version": 1})
@@ -233,7 +233,7 @@ def test_a_full_disk(folder: Path) -> None:
 
 
 def test_a_disk_that_becomes_read_only(folder: Path) -> None:
-    """Whatever is stored is served on, also what was not resident; changes fail and leave nothing."""
+    """On a disk that became read-only all stored adapters are served, and changes fail and leave nothing."""
     with serving(folder) as (_, client):
         with read_only(folder):
             assert "Read-only file system" in not_ready(client)
@@ -246,8 +246,8 @@ def test_a_disk_that_becomes_read_only(folder: Path) -> None:
 
 
 def test_a_read_only_service(folder: Path) -> None:
-    """On a mount that cannot be written, and beside the service that writes: it serves everything, follows changes, and
-    refuses each route that would change something with one code."""
+    """A read-only service on a read-only mount, next to one that writes, serves everything, follows changes, and
+    refuses each changing route with one code."""
     with serving(folder) as (writer, writing):
         before = {file: file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()}
         view = folder.with_name("view")
@@ -272,7 +272,7 @@ def test_a_read_only_service(folder: Path) -> None:
 
 @contextmanager
 def running_server_read_only(folder: Path, writer: Server) -> Iterator[tuple[Server, httpx.Client]]:
-    """A second service, on a folder of whose own nothing is needed but a place for its log."""
+    """Yields a second service, which needs a folder of its own for its log alone."""
     log = folder.with_name("log")
     environment = {"PREFIX_DATA_DIR": str(folder)}
     with running_server(log, "--data-dir", str(folder), "--read-only", environment=environment) as server:
@@ -280,7 +280,7 @@ def running_server_read_only(folder: Path, writer: Server) -> Iterator[tuple[Ser
 
 
 def changing_routes() -> list[tuple[str, str]]:
-    """All routes with a method that may change something, but those that only read."""
+    """Returns all routes whose method can change something, without those that only read."""
     document = create_app(Settings()).openapi()
     reading = ("/prefix", "/v1/prefixes", "/infer", "/repository/index")
     names = {"tenant": "acme", "name": "warm", "ref": "warm", "alias": "prod", "key_id": "0" * 16}
@@ -293,7 +293,8 @@ def changing_routes() -> list[tuple[str, str]]:
 
 
 def test_a_read_only_mount(folder: Path) -> None:
-    """It is served with --read-only; without, the start fails and says how; a folder without a catalog is refused."""
+    """A folder on a read-only mount is served with --read-only; without it the start fails and says how; a folder
+    without a catalog is refused."""
     with serving(folder) as (writer, _):
         key = writer.admin_key
     with read_only(folder):
@@ -310,7 +311,7 @@ def test_a_read_only_mount(folder: Path) -> None:
 
 
 def start(folder: Path, *options: str) -> str:
-    """What a start that fails prints."""
+    """Returns the output of a start that fails."""
     command = [*PREFIX_SERVICE, "serve", "--port", "0", "--data-dir", str(folder), *options]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 1
@@ -319,8 +320,8 @@ def start(folder: Path, *options: str) -> str:
 
 
 def other_bits(folder: Path, adapter: str) -> tuple[Path, Path]:
-    """Store other last bits for a version, as another processor would have encoded it: the file of those that this
-    machine makes, and the file of the others."""
+    """Stores other last bits for a version, as another processor would encode it; returns the file with this machine's
+    bits and the file with the others."""
     with closing(sqlite3.connect(folder / "catalog.sqlite", timeout=10)) as catalog, catalog:
         query = "SELECT versions.id, key_values FROM versions JOIN adapters ON adapters.id = adapter_id WHERE name = ?"
         ((version, digest),) = catalog.execute(query, [adapter]).fetchall()
@@ -336,8 +337,8 @@ def other_bits(folder: Path, adapter: str) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize("harm", ["lost", "damaged"])
 def test_lost_bits_are_replaced_within_the_request(folder: Path, harm: str) -> None:
-    """The answer has the new bits, their entity tag and their digest, in whichever process; the old tag is no longer
-    current, and all processes agree."""
+    """If a version was encoded again, the answer has the new bits, entity tag and digest in every process, and the old
+    tag is not current."""
     with running_server(folder, "--workers", "2") as server:
         client = server.client()
         upload_directory(client, "acme", "mlp", adapter_of(MLP))
@@ -369,7 +370,7 @@ def _repr_digest(body: bytes) -> str:
 
 
 def test_lost_bits_are_replaced_whatever_is_asked(folder: Path) -> None:
-    """Nobody is told to come again; what is shared as a file gets its new tag too."""
+    """Every route answers in the same request in which lost bits are replaced; a shared file gets its new tag too."""
     shared, uds = folder.with_name("shared"), folder.with_name("socket")
     environment = {"PREFIX_SHARED_DIR": str(shared), "PREFIX_UDS": str(uds)}
     with running_server(folder, environment=environment, uds=uds) as server:

@@ -1,4 +1,4 @@
-"""What one process remembers of a catalog is what another process made of it, once it has read the change feed."""
+"""After it has read the change feed, a process remembers of the catalog what another process made of it."""
 
 import asyncio
 import contextlib
@@ -31,10 +31,10 @@ from prefix_service.catalog.schema import changes
 from prefix_service.catalog.tenants import Tenants
 from prefix_service.errors import Conflict, NotFound, PrefixServiceError, Unauthenticated
 from prefix_service.library import unknown_ids
-from prefix_service.library.composition import UseCases, compose
 from prefix_service.library.known_keys import KnownKeys
 from prefix_service.library.plan import Limits
 from prefix_service.library.unknown_ids import UnknownIds
+from prefix_service.library.wiring import UseCases, compose
 from prefix_service.prefix.description import Description
 from prefix_service.prefix.kv import PrefixKV
 from prefix_service.prefix.references import parse_reference
@@ -56,7 +56,7 @@ numbers = st.sampled_from([1, 2, 2, 3])
 
 
 class Follower:
-    """A process that has the catalog open: everything that it remembers of it."""
+    """A process that has the catalog open, with everything that it remembers of it."""
 
     def __init__(self, folder: Path, loop: asyncio.Runner) -> None:
         self._loop = loop
@@ -76,7 +76,7 @@ class Follower:
         return compose(self.database, keyring, blobs, self.registry, limits, generous_admission())
 
     def read_on(self) -> None:
-        """Read the feed, on the loop that the caches belong to."""
+        """Reads the feed, on the event loop of the caches."""
 
         async def read() -> None:
             self.feed.catch_up()
@@ -91,7 +91,7 @@ class Follower:
         return _or_none(NotFound, lambda: self._loop.run(self.library.resolve(tenant, parse_reference(reference))))
 
     def load(self, version: Version) -> None:
-        """Keep tensors of a version in memory."""
+        """Loads tensors of a version into memory."""
 
         async def load() -> None:
             key = VersionKey(version.tenant, version.adapter, version.number, version.digest, version.key_values)
@@ -124,7 +124,7 @@ def _or_none(error: type[PrefixServiceError], ask: Callable[[], T]) -> T | None:
 
 class Following(RuleBasedStateMachine):
     """One process changes the catalog. Another remembers everything that is there, and reads the feed after each
-    change, or after some that it has missed."""
+    change, or after several."""
 
     def __init__(self, template: Path) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ class Following(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
-        """Two tenants with two versions of an adapter, an alias and a key each; one has a rate."""
+        """Makes two tenants with two versions of an adapter, an alias and a key each; one has a rate."""
         for tenant in TENANTS:
             for word in "xy":
                 self.publish(tenant, "a", word)
@@ -157,28 +157,28 @@ class Following(RuleBasedStateMachine):
 
     @rule(tenant=tenants, adapter=adapters, word=st.sampled_from("xyz"))
     def publish(self, tenant: str, adapter: str, word: str) -> None:
-        """The tenant may come into being with it, and the content may be known."""
+        """Publishes a version; it may make its tenant, and its content may be known."""
         digest = f"sha256:{hashlib.sha256(word.encode()).hexdigest()}"
         new = NewVersion(digest, MANIFEST, None, digest, 10, "float32", digest, NBYTES)
         self._catalog.add_version(tenant, adapter, new, BY, make_tenant=True)
 
     @rule(tenant=tenants, adapter=adapters, number=numbers)
     def encode_again(self, tenant: str, adapter: str, number: int) -> None:
-        """The version stays, with other tensors."""
+        """Gives a version other tensors."""
         with contextlib.suppress(NotFound):
             version = self._catalog.resolve(tenant, parse_reference(f"{adapter}@{number}"))
             self._catalog.replace_key_values(version, f"{version.key_values}x")
 
     @rule(tenant=tenants, adapter=adapters, number=numbers, card=st.sampled_from(["", "x"]))
     def describe(self, tenant: str, adapter: str, number: int, card: str) -> None:
-        """Nothing that is remembered depends on it."""
+        """Changes a description, on which nothing remembered depends."""
         with contextlib.suppress(NotFound):
             version = self._catalog.resolve(tenant, parse_reference(f"{adapter}@{number}"))
             Descriptions(self._writer).change(version, BY, "card", lambda _: Description(card, {}))
 
     @rule(tenant=tenants, adapter=adapters, number=numbers)
     def move(self, tenant: str, adapter: str, number: int) -> None:
-        """An alias, which may be new."""
+        """Moves an alias, which may be new."""
         with contextlib.suppress(NotFound):
             self._catalog.put_alias(tenant, adapter, "prod", number, BY)
 
@@ -189,7 +189,7 @@ class Following(RuleBasedStateMachine):
 
     @rule(tenant=tenants, adapter=adapters, number=st.none() | numbers)
     def delete(self, tenant: str, adapter: str, number: int | None) -> None:
-        """A version, perhaps the last one, or an adapter."""
+        """Deletes a version, perhaps the last one, or an adapter."""
         reference = adapter if number is None else f"{adapter}@{number}"
         with contextlib.suppress(NotFound, Conflict):
             self._catalog.delete(tenant, parse_reference(reference), BY)
@@ -201,7 +201,7 @@ class Following(RuleBasedStateMachine):
 
     @rule(tenant=tenants, rate=st.sampled_from([None, 1, 2]))
     def limit(self, tenant: str, rate: int | None) -> None:
-        """A tenant, which may be new, gets a rate."""
+        """Gives a tenant, which may be new, a rate."""
         self._tenants.put(tenant, BY, Quotas(requests_per_second=rate))
 
     @rule(tenant=st.none() | tenants)
@@ -223,7 +223,7 @@ class Following(RuleBasedStateMachine):
                 self._keyring.revoke(tenant, key, BY)
 
     def _some_key(self, index: int) -> list[tuple[str, str | None]]:
-        """One of the keys that were made, and its owner; or none, if too few were."""
+        """Returns one of the keys that were made, and its owner; None if there are too few."""
         for text in self._texts[index : index + 1]:
             with contextlib.suppress(Unauthenticated):
                 principal = self._keyring.verify(text)
@@ -232,24 +232,24 @@ class Following(RuleBasedStateMachine):
 
     @rule()
     def remove_deleted(self) -> None:
-        """What the collector does."""
+        """Removes deleted rows, as the collector does."""
         Deletions(self._writer).remove_slice()
 
     @rule(kept=st.integers(0, 2))
     def remove_changes(self, kept: int) -> None:
-        """What the collector does with all but the latest ones, whoever has read them."""
+        """Removes all but the latest changes, as the collector does, whoever has read them."""
         with self._writer.writing() as connection:
             latest = sa.select(changes.c.revision).order_by(changes.c.revision.desc()).limit(kept)
             connection.execute(sa.delete(changes).where(changes.c.revision.not_in(latest)))
 
     @rule(changes=st.integers(1, 4))
     def fall_behind(self, changes: int) -> None:
-        """Read nothing for so many changes."""
+        """Does not read the feed for a number of changes."""
         self._missed = changes
 
     @invariant()
     def follow(self) -> None:
-        """Whoever reads the feed and asks again remembers everything, and nothing that is untrue."""
+        """Reads the feed, and checks that everything is remembered again and nothing remembered is untrue."""
         if self._missed:
             self._missed -= 1
             return
@@ -289,7 +289,7 @@ class Following(RuleBasedStateMachine):
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A catalog whose audit says nothing: each line is made meaningless as it is written."""
+    """Returns a catalog whose audit lines are made meaningless as they are written."""
     place = tmp_path_factory.mktemp("template") / "catalog.sqlite"
     database = Database(place)
     with database.writing() as connection:
@@ -302,8 +302,8 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_what_is_remembered_follows_the_catalog(template: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Versions, aliases, tensors, keys and rates, whatever is changed in whatever order, and whatever the words of the
-    audit are. Nothing is read out of it."""
+    """Remembered versions, aliases, tensors, keys and rates follow any changes in any order, whatever the words of the
+    audit are."""
     monkeypatch.setattr(unknown_ids, "_MOST", RateLimitItemPerSecond(10_000))
     run_state_machine_as_test(
         lambda: Following(template),  # type: ignore[arg-type]  # it is only called

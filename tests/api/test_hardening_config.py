@@ -19,7 +19,7 @@ Refused = Callable[..., dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def client(server: Server) -> httpx.Client:
-    """A platform admin."""
+    """Yields a client with a key of the platform's admin."""
     client = server.client()
     assert client.put(f"/v1/tenants/{TENANT}").status_code == 201
     return client
@@ -27,7 +27,7 @@ def client(server: Server) -> httpx.Client:
 
 @pytest.fixture
 def refused(server: Server, client: httpx.Client) -> Iterator[Refused]:
-    """Upload a config that must be refused: 422, and no adapter afterwards."""
+    """Uploads a config, and checks that it is refused with 422 and leaves no adapter."""
 
     def attempt(config: Any, code: str = "invalid-config", file: bytes | None = None) -> dict[str, Any]:
         return problem(upload(client, TENANT, "refused", config, file), 422, code)
@@ -40,7 +40,7 @@ def refused(server: Server, client: httpx.Client) -> Iterator[Refused]:
 
 @pytest.mark.parametrize("name", ["num_virtual_tokens", "num_layers", "num_attention_heads", "token_dim"])
 def test_sizes_beyond_every_model(refused: Refused, name: str) -> None:
-    """10^9 of anything is refused by itself, before it is multiplied with anything."""
+    """A size of 10^9 is refused by itself, before it is multiplied."""
     assert name in refused({**CONFIG, name: 10**9})["detail"]
 
 
@@ -50,17 +50,17 @@ def test_sizes_beyond_every_model(refused: Refused, name: str) -> None:
     ids=str,
 )
 def test_sizes_whose_product_is_not_that_of_the_tensors(refused: Refused, change: dict[str, int]) -> None:
-    """The config and the tensors agree in every dimension, not only in the number of bytes."""
+    """Config and tensors must agree in every dimension, not only in the number of bytes."""
     refused({**CONFIG, **change}, "invalid-checkpoint")
 
 
 def test_sizes_that_do_not_divide(refused: Refused) -> None:
-    """token_dim is a multiple of the heads."""
+    """token_dim must be a multiple of the heads."""
     refused({**CONFIG, "num_attention_heads": 3})
 
 
 def test_small_projection_that_describes_a_huge_prefix(refused: Refused) -> None:
-    """A few megabytes of a projection may not become gigabytes of keys and values."""
+    """A projection of a few megabytes that describes gigabytes of keys and values is refused."""
     config = {**CONFIG, "inference_mode": False, "prefix_projection": True, "encoder_hidden_size": 1}
     config |= {"num_virtual_tokens": 1 << 20, "num_layers": 1 << 10, "num_attention_heads": 1, "token_dim": 1}
     tensors = {
@@ -82,14 +82,14 @@ def test_small_projection_that_describes_a_huge_prefix(refused: Refused) -> None
     ids=["prefix", "projection"],
 )
 def test_untrained_prefix_that_is_too_large(client: httpx.Client, server: Server, change: dict[str, Any]) -> None:
-    """A hundred bytes of JSON may not allocate gigabytes, neither for the prefix nor for its projection."""
+    """A hundred bytes of JSON that describe gigabytes of a prefix or its projection are refused."""
     config = {**CONFIG, "inference_mode": False, **change}
     problem(client.post(versions_path(TENANT, "refused"), json={"config": config}), 422, "invalid-config")
     assert_alive(server)
 
 
 def _with(name: str, value: str) -> bytes:
-    """CONFIG with one raw JSON value."""
+    """Returns CONFIG with one raw JSON value."""
     return json.dumps({**CONFIG, name: "HERE"}).replace('"HERE"', value).encode()
 
 
@@ -109,7 +109,7 @@ def test_numbers_that_json_or_its_canonical_form_cannot_hold(refused: Refused, n
 
 @pytest.mark.parametrize("value", ["Infinity", "-Infinity", "1e999"])
 def test_infinities(refused: Refused, value: str) -> None:
-    """An infinite size is refused; a key that nothing reads may be infinite, and is not stored."""
+    """An infinite size is refused; an unknown key may be infinite, and is not stored."""
     refused(_with("num_virtual_tokens", value))
 
 
@@ -122,7 +122,7 @@ def test_infinities(refused: Refused, value: str) -> None:
     ids=["outer", "inner"],
 )
 def test_duplicate_keys(refused: Refused, config: bytes) -> None:
-    """A key that stands twice is refused at every depth."""
+    """A duplicate key is refused at every depth."""
     assert "duplicate" in refused(config)["detail"]
 
 
@@ -138,7 +138,7 @@ def test_config_that_is_no_json_object(refused: Refused, config: bytes) -> None:
 
 @pytest.mark.parametrize("opening", ["[", '{"a":'])
 def test_config_that_is_nested_too_deep(refused: Refused, opening: str) -> None:
-    """Depth is bounded long before the parser's own stack is."""
+    """A config that is nested too deep is refused long before the parser's own stack ends."""
     closing = "]" if opening == "[" else "}"
     refused(_with("unknown", opening * 40 + "1" + closing * 40))
 
@@ -151,7 +151,7 @@ def test_text_that_utf_8_cannot_hold(refused: Refused, where: str) -> None:
 
 
 def test_config_of_more_than_a_megabyte(client: httpx.Client) -> None:
-    """A config has a bound of its own, far below that of the weights."""
+    """A config is bounded by itself, far below the bound of weights."""
     answer = upload(client, TENANT, "refused", {**CONFIG, "padding": "x" * (1 << 20)})
     problem(answer, 413, "too-large")
 
@@ -165,7 +165,7 @@ def test_base_model_config_is_held_to_the_same_rules(client: httpx.Client) -> No
 
 
 def test_auto_mapping_is_kept_and_never_imported(tmp_path: Path) -> None:
-    """PEFT imports `auto_mapping.parent_library`; here it is data: stored, shown, and never a module."""
+    """`auto_mapping.parent_library`, which PEFT imports, is stored and shown, and never imported."""
     (tmp_path / "canary_of_a_config.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w').close()\n")
     mapping = {"base_model_class": "Anything", "parent_library": "canary_of_a_config"}
     with running_server(tmp_path / "data", environment={"PYTHONPATH": str(tmp_path)}) as server:
@@ -180,7 +180,7 @@ def test_auto_mapping_is_kept_and_never_imported(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["adapter_model.bin", "pytorch_model.bin", "state.pt", "weights.pkl", "last.ckpt"])
 def test_field_named_like_a_pickle(client: httpx.Client, name: str) -> None:
-    """A pickle is refused by its name, before a byte of it is read, with an error that names the converter."""
+    """A field that is named like a pickle is refused before its content is read, and the error names the converter."""
     parts = {"adapter_config.json": json.dumps(CONFIG).encode(), name: b"\x80\x04N."}
     answer = problem(client.post(versions_path(TENANT, "refused"), files=parts), 422, "unsafe-checkpoint")
     assert "prefix-service convert" in answer["detail"]
@@ -203,16 +203,16 @@ def test_paths_and_urls_are_no_sources(client: httpx.Client, server: Server, sou
     "peft_type", ["LORA", "PROMPT_TUNING", "P_TUNING", "prefix_tuning", "", None, 1, ["PREFIX_TUNING"]]
 )
 def test_wrong_peft_type(refused: Refused, peft_type: Any) -> None:
-    """Only the two kinds that are prefixes are taken, in PEFT's own spelling."""
+    """Only the two PEFT types that are prefixes are accepted, in PEFT's spelling."""
     assert "peft_type" in refused({**CONFIG, "peft_type": peft_type})["detail"]
 
 
 @pytest.mark.parametrize("frozen", [4, -1, True, 1.0, 10**9])
 def test_frozen_tokens_above_the_virtual_ones(refused: Refused, frozen: Any) -> None:
-    """A cartridge freezes some of its tokens, at most all of them."""
+    """A cartridge that freezes more tokens than it has is refused."""
     refused({**CONFIG, "peft_type": "CARTRIDGE", "num_frozen_tokens": frozen})
 
 
 def test_missing_number_of_tokens(refused: Refused) -> None:
-    """PEFT always writes num_virtual_tokens; a config without it is not one of trained weights."""
+    """A config without num_virtual_tokens, which PEFT always writes, is refused."""
     refused({name: value for name, value in CONFIG.items() if name != "num_virtual_tokens"})

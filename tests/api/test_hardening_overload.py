@@ -1,4 +1,4 @@
-"""Too much for the memory, from one tenant, for the machine, of one broken adapter: refused, and others are served."""
+"""Overload by one tenant, by the machine's memory, by one broken adapter: it is refused, and others are served."""
 
 import resource
 import time
@@ -22,7 +22,8 @@ SIZE = 3 * 32 * 4  # bytes of CONFIG's keys and values
 
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Server]:
-    """A server with room for twelve prefixes, and as many renderings, which are reserved with room for a header."""
+    """Yields a server with room for twelve prefixes, and as many renderings, which are reserved with room for a
+    header."""
     budgets = {"PREFIX_DEVICE_BYTES": str(12 * SIZE), "PREFIX_RENDERING_BYTES": str(12 * (SIZE + 1000))}
     with running_server(tmp_path / "data", environment=budgets) as running:
         yield running
@@ -34,8 +35,8 @@ def is_resident(client: httpx.Client, tenant: str, adapter: str) -> bool:
 
 
 def test_hardening_57_a_tenant_that_thrashes(small: Server) -> None:
-    """One that reads fifty adapters in turns, many at once, takes nothing from a tenant within what is guaranteed
-    to it, read or pinned."""
+    """A tenant that reads fifty adapters in turn, many in parallel, evicts nothing that is guaranteed to another
+    tenant, read or pinned."""
     admin = small.client()
     for number in range(3):
         upload(admin, "calm", f"a{number}", file=weights(number))
@@ -71,8 +72,8 @@ LARGE: dict[str, Any] = {
 
 
 def test_hardening_58_no_memory(tmp_path: Path) -> None:
-    """The budget allows it, the machine does not: 507 with words, the process lives, others are served, and so is this
-    one once there is memory."""
+    """If the budget allows a load and the machine has no memory, the answer is 507, others are served, and later the
+    load succeeds."""
     with running_server(tmp_path / "data") as server:
         client = server.client()
         flat = torch.randn((1024, 16384), generator=torch.Generator().manual_seed(0))
@@ -95,7 +96,8 @@ def _virtual_memory(pid: int) -> int:
 
 
 def test_hardening_59_a_storm_on_a_broken_adapter(small: Server) -> None:
-    """Its bytes are read once in a while, not once a request; others are unaffected; mended, it is served at once."""
+    """A broken adapter is read once in a while, not once a request; others are served; once it is mended, it is served
+    immediately."""
     admin = small.client()
     upload(admin, "storm", "broken")
     blobs = FolderBlobStore(small.data_dir / "blobs")
@@ -120,6 +122,6 @@ def test_hardening_59_a_storm_on_a_broken_adapter(small: Server) -> None:
 
 
 def _failures(admin: httpx.Client) -> int:
-    """Loads from the store that ended badly."""
+    """Returns how many loads from the store failed."""
     found: int = admin.get("/v1/residency").json()["tiers"][0]["failures"]
     return found

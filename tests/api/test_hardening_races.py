@@ -1,4 +1,4 @@
-"""Many requests at once, through the real server: uploads, loads, deletions, aliases, cancellations."""
+"""Many parallel requests through the real server: uploads, loads, deletions, aliases, cancellations."""
 
 import json
 import socket
@@ -25,14 +25,14 @@ LARGE_SIZE = 1 << 20
 
 
 def large(seed: int) -> bytes:
-    """A sound weights file for LARGE."""
+    """Returns a sound weights file for LARGE."""
     flat = torch.randn((128, 2048), generator=torch.Generator().manual_seed(seed))
     return save({"prompt_embeddings": flat})
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server of its own with room for three large prefixes, so that its counts are this module's."""
+    """Yields a server with room for three large prefixes, whose counts are this module's alone."""
     budget = str(3 * LARGE_SIZE + 65_536)
     environment = {"PREFIX_DEVICE_BYTES": budget, "PREFIX_RENDERING_BYTES": budget}
     with running_server(tmp_path_factory.mktemp("races") / "data", environment=environment) as running:
@@ -42,7 +42,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def tiers(server: Server) -> list[dict[str, Any]]:
-    """What the server tells of its memory: the device, then the host."""
+    """Returns the server's reports of its memory: the device, then the host."""
     found: list[dict[str, Any]] = server.client().get("/v1/residency").json()["tiers"]
     return found
 
@@ -56,7 +56,7 @@ def unload(server: Server, number: int) -> None:
 
 
 def at_once(calls: Sequence[Callable[[], httpx.Response]]) -> list[httpx.Response]:
-    """All calls, released together."""
+    """Runs all calls in parallel, released together."""
     barrier = threading.Barrier(len(calls))
 
     def call(one: Callable[[], httpx.Response]) -> httpx.Response:
@@ -68,7 +68,7 @@ def at_once(calls: Sequence[Callable[[], httpx.Response]]) -> list[httpx.Respons
 
 
 def test_hardening_38_uploads_of_the_same_content_at_once(server: Server) -> None:
-    """One 201, the rest 200 with the same version."""
+    """Of parallel uploads of one content one gets 201, and the rest 200 with the same version."""
     clients = [server.client() for _ in range(12)]
     answers = at_once([partial(upload, client, "races-same", "a") for client in clients])
     assert sorted(answer.status_code for answer in answers) == [200] * 11 + [201]
@@ -78,7 +78,7 @@ def test_hardening_38_uploads_of_the_same_content_at_once(server: Server) -> Non
 
 
 def test_hardening_38_uploads_of_different_contents_at_once(server: Server) -> None:
-    """Consecutive versions, each with its own content."""
+    """Parallel uploads of different contents get consecutive numbers, each with its own content."""
     clients = [server.client() for _ in range(12)]
     answers = at_once(
         [partial(upload, client, "races-own", "a", file=weights(seed)) for seed, client in enumerate(clients)]
@@ -91,7 +91,7 @@ def test_hardening_38_uploads_of_different_contents_at_once(server: Server) -> N
 
 
 def test_hardening_39_cold_requests_for_one_adapter_at_once(small: Server) -> None:
-    """One load, one rendering, one answer for all."""
+    """Parallel cold requests for one adapter share one load and one rendering, and get equal answers."""
     unload(small, 0)
     before = tiers(small)
     clients = [small.client() for _ in range(16)]
@@ -103,7 +103,7 @@ def test_hardening_39_cold_requests_for_one_adapter_at_once(small: Server) -> No
 
 
 class Transfer:
-    """A reader that took the head of a large answer and the first bytes, and goes on when it is told to."""
+    """A reader that takes the head of a large answer and the first bytes, and goes on when it is told to."""
 
     def __init__(self, server: Server, path: str) -> None:
         self._client = server.client()
@@ -114,14 +114,14 @@ class Transfer:
         self._first = next(self._pieces)
 
     def rest(self) -> bytes:
-        """The whole body."""
+        """Returns the whole body."""
         body = self._first + b"".join(self._pieces)
         self._stream.__exit__(None, None, None)
         return body
 
 
 def end_by_eviction(server: Server) -> None:
-    """Ask for more others than there is room for."""
+    """Asks for more other adapters than there is room for."""
     for number in range(2, 8):
         deadline = time.monotonic() + 60
         while server.client().get(prefix_path(number)).status_code == 503 and time.monotonic() < deadline:
@@ -149,7 +149,7 @@ def end_by_the_tenants_deletion(server: Server) -> None:
 def test_hardening_40_the_end_of_a_version_during_a_transfer(
     tmp_path: Path, end: Callable[[Server], None], status: int
 ) -> None:
-    """The transfer completes with the right bytes; later requests get what is true then."""
+    """A transfer completes with the right bytes although its version ends; later requests get the new state."""
     environment = {name: str(4 * LARGE_SIZE + 65_536) for name in ("PREFIX_DEVICE_BYTES", "PREFIX_RENDERING_BYTES")}
     with running_server(tmp_path / "data", environment=environment) as server:
         for number in range(1, 8):
@@ -163,7 +163,7 @@ def test_hardening_40_the_end_of_a_version_during_a_transfer(
 
 
 def test_hardening_41_a_waiter_that_goes_away(small: Server) -> None:
-    """Who hangs up, also first, does not take the load away from the others."""
+    """A caller that hangs up, also the first one, does not end the load for the others."""
     unload(small, 2)
     before = tiers(small)
     address = urlsplit(small.url)
@@ -178,7 +178,7 @@ def test_hardening_41_a_waiter_that_goes_away(small: Server) -> None:
 
 
 def test_hardening_43_conditions_that_no_longer_hold(server: Server) -> None:
-    """A stale If-Match is 412, and so is If-None-Match: * on an alias that exists; nothing moves."""
+    """A stale If-Match, and If-None-Match: * for an existing alias, are 412, and nothing moves."""
     client, path = server.client(), "/v1/tenants/races-alias/adapters/a/aliases/prod"
     for seed in range(3):
         upload(client, "races-alias", "a", file=weights(seed))
@@ -190,7 +190,7 @@ def test_hardening_43_conditions_that_no_longer_hold(server: Server) -> None:
 
 
 def test_hardening_43_moves_at_once(server: Server) -> None:
-    """Of those who saw the same, one moves it; the others are told."""
+    """Of parallel moves with the same If-Match one succeeds, and the others get 412."""
     client, path = server.client(), "/v1/tenants/races-alias/adapters/a/aliases/eu"
     for seed in range(3):
         upload(client, "races-alias", "a", file=weights(seed))
@@ -204,8 +204,8 @@ def test_hardening_43_moves_at_once(server: Server) -> None:
 
 
 def test_hardening_44_loads_over_the_budget_at_once(small: Server) -> None:
-    """Bytes are reserved before they are allocated: the budget holds at every moment, who finds no room is told when
-    to come again, and all are served in the end."""
+    """Bytes are reserved before they are allocated, so the budget always holds; callers without room get Retry-After,
+    and all are served in the end."""
     stop = threading.Event()
     seen: list[tuple[int, int]] = []
 
@@ -236,7 +236,7 @@ def test_hardening_44_loads_over_the_budget_at_once(small: Server) -> None:
 
 
 def test_evictions_are_listed_with_their_reasons(small: Server) -> None:
-    """Residency names what was evicted lately, the newest first, at most `limit`."""
+    """Residency lists the latest evictions, the newest first, at most `limit`."""
     end_by_eviction(small)
     evicted = small.client().get("/v1/residency").json()["evicted"]
     assert len(evicted) > 2

@@ -1,4 +1,4 @@
-"""No log, URL, metric or error contains a key, a path or a host; labels of metrics are bounded."""
+"""No log, URL, metric or error contains a key, a path or a host name; labels of metrics are bounded."""
 
 import json
 import re
@@ -20,7 +20,7 @@ ADAPTERS = f"/v1/tenants/{TENANT}/adapters"
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A service that says all it can, with the parser that does not know the names of methods."""
+    """Yields a service with the most verbose log, and the parser that accepts any method."""
     options = ("--host", "0.0.0.0")  # noqa: S104 - for as long as the tests run, and every route needs a key
     environment = {"PREFIX_LOG_LEVEL": "debug"}
     data = tmp_path_factory.mktemp("tenancy") / "data"
@@ -31,7 +31,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def _clumsy(key: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Requests of a client that puts its key where none belongs."""
+    """Returns requests of a client that puts its key where none belongs."""
     escaped = key.replace("_", "%5F")
     for path in (
         f"/{key}",
@@ -100,7 +100,8 @@ def _clumsy(key: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 
 def test_hardening_35_keys_are_in_no_log_metric_or_answer(server: Server) -> None:
-    """Wherever a clumsy client puts its key, it stands in no line of the log, no metric, no error and no header."""
+    """A key that a clumsy client puts anywhere in a request is in no line of the log, no metric, no error and no
+    header."""
     admin = server.client()
     made = [
         admin.post("/v1/keys", json={"scope": "read"}).json(),
@@ -128,7 +129,7 @@ def test_hardening_35_keys_are_in_no_log_metric_or_answer(server: Server) -> Non
 
 
 def test_hardening_36_no_paths_hostnames_or_traces_in_errors(server: Server) -> None:
-    """Whatever goes wrong inside, the answer tells nothing of where and how the service runs."""
+    """No internal failure makes an answer say where and how the service runs."""
     client = server.client()
     blobs = FolderBlobStore(server.data_dir / "blobs")
     for name, seed in (("corrupt", 1), ("lost", 2)):
@@ -168,7 +169,7 @@ def test_hardening_36_no_paths_hostnames_or_traces_in_errors(server: Server) -> 
 
 
 def _series(client: httpx.Client) -> set[tuple[str, ...]]:
-    """Every series of a scrape: its name and its labels."""
+    """Returns every series of a scrape: its name and its labels."""
     return {
         (sample.name, *(f"{name}={value}" for name, value in sorted(sample.labels.items())))
         for family in parse(client.get("/metrics").text)
@@ -177,7 +178,7 @@ def _series(client: httpx.Client) -> set[tuple[str, ...]]:
 
 
 def test_hardening_37_metric_labels_are_bounded(server: Server) -> None:
-    """Odd methods and hundreds of made-up tenants, adapters, paths and parameters make no series."""
+    """Odd methods and hundreds of invented tenants, adapters, paths and parameters make no series."""
     client = server.client()
 
     def hammer(numbers: range) -> None:
@@ -206,6 +207,6 @@ def test_hardening_37_metric_labels_are_bounded(server: Server) -> None:
 
 
 def test_hardening_37_odd_methods_are_in_no_log(server: Server) -> None:
-    """A method is a caller's choice as well."""
+    """An odd method, which a caller chooses, is in no line of the log."""
     assert raw(server, head("SECRETMETHOD", ADAPTERS, Authorization=f"Bearer {server.admin_key}")).status == 400
     assert "SECRETMETHOD" not in server.log.read_text()

@@ -1,4 +1,4 @@
-"""No tenant learns anything of another."""
+"""No tenant learns anything about another."""
 
 import socket
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from tests.processes import eventually
 
 @pytest.fixture
 def mine(server: Server, admin: httpx.Client) -> Iterator[httpx.Client]:
-    """A client with an admin key of a tenant of its own; another tenant has the same adapter with other weights."""
+    """Yields a client with an admin key of its own tenant; another tenant has the same adapter with other weights."""
     for tenant, seed in (("tenancy-mine", 1), ("tenancy-other", 2)):
         assert upload(admin, tenant, "a", file=weights(seed)).status_code in (200, 201)
     key = admin.post("/v1/tenants/tenancy-mine/keys", json={"scope": "admin"}).json()
@@ -27,14 +27,15 @@ def mine(server: Server, admin: httpx.Client) -> Iterator[httpx.Client]:
     "path", ["", "/adapters", "/adapters/a", "/adapters/a@1/prefix", "/adapters/a/versions", "/keys", "/audit"]
 )
 def test_hardening_30_what_is_anothers_is_missing(mine: httpx.Client, path: str) -> None:
-    """404 with the body of a missing one, but for the name that was asked for."""
+    """Another tenant's adapter is 404, with the body of a missing adapter but for the name in it."""
     foreign = problem(mine.get(f"/v1/tenants/tenancy-other{path}"), 404, "not-found")
     missing = problem(mine.get(f"/v1/tenants/tenancy-none{path}"), 404, "not-found")
     assert {**foreign, "detail": foreign["detail"].replace("tenancy-other", "tenancy-none")} == missing
 
 
 def test_hardening_31_what_is_remembered_is_told_apart(admin: httpx.Client, mine: httpx.Client) -> None:
-    """The same adapter, number and options of two tenants, cold and from memory, and after a version was replaced."""
+    """Two tenants with the same adapter, number and options get their own bytes, cold, from memory, and after a version
+    was replaced."""
     paths = [f"/v1/tenants/{tenant}/adapters/a@1/prefix" for tenant in ("tenancy-mine", "tenancy-other")]
     for _ in range(2):
         first, second = (admin.get(path) for path in paths)
@@ -51,8 +52,8 @@ def test_hardening_31_what_is_remembered_is_told_apart(admin: httpx.Client, mine
 
 
 def test_hardening_32_the_same_bytes_of_two_tenants(admin: httpx.Client, mine: httpx.Client) -> None:
-    """Whoever uploads what somebody else has sees an upload like any other, pays for all of it, cannot reach the
-    other's by its digest, and keeps its own when the other's goes."""
+    """An upload of content that another tenant has is like any other: it counts in full, does not reach the other's by
+    its digest, and stays when the other's is deleted."""
     shared = weights(3)
     theirs = upload(admin, "tenancy-other", "shared", file=shared)
     detail = theirs.json()
@@ -73,7 +74,7 @@ def test_hardening_32_the_same_bytes_of_two_tenants(admin: httpx.Client, mine: h
 
 
 def test_hardening_33_a_body_is_not_read_before_the_key(server: Server) -> None:
-    """Without a key the answer comes before the body does; `test_auth` enumerates every route and kind of key."""
+    """Without a key the answer comes before the body; `test_auth` tries every route and kind of key."""
     address = urlsplit(server.url)
     request = head(
         "POST", "/v1/tenants/tenancy-mine/adapters/a/versions", Content_Type="multipart/form-data; boundary=x",
@@ -85,7 +86,7 @@ def test_hardening_33_a_body_is_not_read_before_the_key(server: Server) -> None:
 
 
 def test_hardening_34_a_revoked_key_ends_on_every_process(tmp_path: Path) -> None:
-    """Soon, whichever of several processes is asked."""
+    """A revoked key is soon refused by every process."""
     with running_server(tmp_path / "data", "--workers", "2") as server:
         admin = server.client()
         upload(admin, "acme", "a", CONFIG)
@@ -102,7 +103,7 @@ def test_hardening_34_a_revoked_key_ends_on_every_process(tmp_path: Path) -> Non
 
 
 def test_hardening_34_two_keys_are_valid_while_one_replaces_the_other(admin: httpx.Client, server: Server) -> None:
-    """Rotation without a gap: the new key works before the old one is revoked."""
+    """A new key works before the old one is revoked, so keys are rotated without a gap."""
     admin.put("/v1/tenants/tenancy-mine")
     old, new = (admin.post("/v1/tenants/tenancy-mine/keys", json={"scope": "read"}).json() for _ in range(2))
     clients = [server.client(key["key"]) for key in (old, new)]

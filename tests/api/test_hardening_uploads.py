@@ -1,4 +1,4 @@
-"""What publishing takes of memory: as much as was reserved for it, whatever a caller sends."""
+"""A publication takes only the memory that was reserved for it, whatever a caller sends."""
 
 import contextlib
 import re
@@ -32,7 +32,7 @@ LARGE: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A service with a small budget for work in progress."""
+    """Yields a service with a small budget for work in progress."""
     folder = tmp_path_factory.mktemp("uploads") / "data"
     with running_server(folder, environment={"PREFIX_WORK_BYTES": str(WORK)}) as running:
         for tenant in ("acme", "calm"):
@@ -41,7 +41,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def memory(server: Server, name: str) -> int:
-    """The bytes that the server has in memory (`VmRSS`), or has had at most (`VmHWM`)."""
+    """Returns the bytes that the server has in memory (`VmRSS`), or has had at most (`VmHWM`)."""
     status = Path(f"/proc/{server.process.pid}/status").read_text()
     found = re.search(rf"{name}:\s+(\d+) kB", status)
     assert found is not None
@@ -50,7 +50,7 @@ def memory(server: Server, name: str) -> int:
 
 @contextlib.contextmanager
 def takes_at_most(server: Server, nbytes: int) -> Iterator[None]:
-    """The server's memory rises by at most so many bytes while the block runs."""
+    """Checks that the server's memory rises by at most this many bytes while the block runs."""
     Path(f"/proc/{server.process.pid}/clear_refs").write_text("5")  # the peak is that of now
     before = memory(server, "VmRSS")
     yield
@@ -63,7 +63,7 @@ def large(seed: int) -> bytes:
 
 
 def test_a_small_upload_with_large_activations(server: Server) -> None:
-    """200 KB describe 512 MiB of hidden activations, which are made in blocks of 64 MiB."""
+    """An upload of 200 KB with 512 MiB of hidden activations is computed in blocks of 64 MiB."""
     tokens, hidden = 16384, 8192
     config = {
         **CONFIG,
@@ -89,7 +89,7 @@ def test_a_small_upload_with_large_activations(server: Server) -> None:
 
 
 def test_activations_without_end_are_refused(server: Server) -> None:
-    """3 MB describe a terabyte of them, minutes of work: nothing is computed."""
+    """An upload of 3 MB with a terabyte of activations, minutes of work, is refused before any is computed."""
     tokens, hidden = 1 << 20, 1 << 18
     config = {
         **CONFIG,
@@ -115,7 +115,7 @@ def test_activations_without_end_are_refused(server: Server) -> None:
 
 
 def test_many_large_uploads(server: Server) -> None:
-    """Five of one tenant wait for each other's memory; a neighbour's small one is made meanwhile."""
+    """Five large uploads of one tenant wait for each other's memory, while a neighbour's small one is made."""
     files = [large(seed) for seed in range(5)]
 
     def publish(number: int) -> int:
@@ -128,21 +128,22 @@ def test_many_large_uploads(server: Server) -> None:
 
 
 def test_one_large_upload(server: Server) -> None:
-    """Its keys and values, and a block: not the weights beside them, nor a copy for the disk."""
+    """A large upload takes the memory of its keys and values and one block, without the weights and without a copy for
+    the disk."""
     file = large(7)
     with takes_at_most(server, (64 + 16) * MIB + SLACK):
         assert upload(server.client(), "acme", "one", LARGE, file).status_code == 201
 
 
 def test_what_is_not_part_of_the_prefix_is_not_read(server: Server) -> None:
-    """A task head of 128 MiB beside a small prefix."""
+    """A task head of 128 MiB in the file of a small prefix takes no memory."""
     file = save({"prompt_embeddings": torch.randn(3, 32), "score.weight": torch.zeros(1 << 25)})
     with takes_at_most(server, SLACK):
         assert upload(server.client(), "acme", "head", file=file).status_code == 201
 
 
 def test_an_untrained_version_that_the_quota_refuses(server: Server) -> None:
-    """512 MiB of weights and as many of keys and values are neither made nor written."""
+    """An untrained version of 512 MiB above the quota is neither computed nor written."""
     admin = server.client()
     assert admin.put("/v1/tenants/poor", json={"max_bytes": 64 * MIB}).status_code == 201
     config = {**LARGE, "num_virtual_tokens": 8192}
@@ -154,7 +155,7 @@ def test_an_untrained_version_that_the_quota_refuses(server: Server) -> None:
 
 
 def test_an_untrained_version_above_the_budget(server: Server) -> None:
-    """507 with the numbers, before it is made."""
+    """An untrained version above the budget gets 507 with the numbers, before it is computed."""
     config = {**LARGE, "num_virtual_tokens": 4096}
     with takes_at_most(server, 16 * MIB):
         answer = server.client().post(versions_path("acme", "fresh"), json={"config": config})
@@ -163,7 +164,7 @@ def test_an_untrained_version_above_the_budget(server: Server) -> None:
 
 
 def test_composing_takes_one_source_at_a_time(server: Server) -> None:
-    """Two of 32 MiB make one of 64, whose keys and values are the most that is in memory."""
+    """Composing two sources of 32 MiB takes the memory of the 64 MiB of keys and values at most."""
     admin, config = server.client(), {**LARGE, "num_virtual_tokens": 512}
     for name in ("left", "right"):
         file = save({"prompt_embeddings": torch.randn(512, 16384)})
@@ -174,7 +175,7 @@ def test_composing_takes_one_source_at_a_time(server: Server) -> None:
 
 
 def test_no_memory_for_an_upload(server: Server) -> None:
-    """The budget allows it, the machine does not: 507 with words, the process lives, and the next one succeeds."""
+    """If the budget allows an upload and the machine has no memory, the answer is 507, and the next upload succeeds."""
     client, pid, file = server.client(), server.process.pid, large(8)
     unlimited = resource.prlimit(pid, resource.RLIMIT_AS)
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])

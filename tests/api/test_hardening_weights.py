@@ -36,7 +36,8 @@ Refused = Callable[..., dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def client(server: Server) -> httpx.Client:
-    """A platform admin, and one acknowledged version that must survive everything here."""
+    """Yields a client with a key of the platform's admin, and publishes one version that must survive everything
+    here."""
     client = server.client()
     assert upload(client, TENANT, KEPT).status_code == 201
     return client
@@ -44,7 +45,8 @@ def client(server: Server) -> httpx.Client:
 
 @pytest.fixture
 def refused(server: Server, client: httpx.Client) -> Iterator[Refused]:
-    """Upload weights that must be refused: 422 with a stable code, nothing visible, and the service alive."""
+    """Uploads weights, and checks that they are refused with 422 and a stable code, leave nothing visible, and the
+    service goes on."""
     before = client.get(versions_path(TENANT, KEPT)).json()
     body = client.get(f"/v1/tenants/{TENANT}/adapters/{KEPT}/prefix").content
 
@@ -72,7 +74,7 @@ def test_shorter_than_eight_bytes(refused: Refused, size: int) -> None:
 
 @pytest.mark.parametrize("length", [BYTES + 1_000, 100_000_000, 1 << 40, (1 << 63) - 1, (1 << 64) - 1])
 def test_header_length_beyond_the_file(refused: Refused, length: int) -> None:
-    """A header longer than the file, up to 2^64-1, is refused before memory for it is taken."""
+    """A header that claims more bytes than the file has, up to 2^64-1, is refused before memory is taken for it."""
     refused(safetensors_file(SOUND, b"\0" * BYTES, length))
 
 
@@ -110,7 +112,7 @@ def test_header_that_is_no_json_object_or_too_deep(refused: Refused, header: byt
 def test_data_that_overlaps_or_has_holes_or_trails_or_is_cut(
     refused: Refused, tensors: dict[str, Any], size: int
 ) -> None:
-    """Tensors fill the data exactly, one behind the other."""
+    """Tensors must fill the data exactly, one behind the other."""
     refused(_with_header(tensors, b"\0" * size))
 
 
@@ -130,19 +132,19 @@ def test_data_that_overlaps_or_has_holes_or_trails_or_is_cut(
     ids=str,
 )
 def test_shape_that_does_not_match_its_bytes_or_overflows(refused: Refused, shape: list[Any]) -> None:
-    """A shape times its dtype is the byte range, with numbers that do not wrap around."""
+    """A tensor's byte range must be its shape times its dtype, in numbers that do not overflow."""
     refused(_with_header({"prompt_embeddings": entry(shape, 0, BYTES)}))
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("F16", BYTES), ("BF16", BYTES), ("F32", BYTES // 2), ("F32", 2 * BYTES)])
 def test_bytes_that_do_not_match_shape_and_dtype(refused: Refused, dtype: str, size: int) -> None:
-    """The shape that the config requires, over a byte range of another size, is refused too."""
+    """The shape that the config requires is refused over a byte range of another size."""
     refused(_with_header({"prompt_embeddings": entry([3, 32], 0, size, dtype)}, b"\0" * size))
 
 
 @pytest.mark.parametrize(("start", "stop"), [(BYTES, 0), (-BYTES, 0), (0.0, BYTES), (0, 1 << 64), ("0", BYTES)])
 def test_offsets_that_are_no_positions(refused: Refused, start: Any, stop: Any) -> None:
-    """Byte positions are integers, in order, inside the file."""
+    """Byte positions must be integers, in order, inside the file."""
     refused(_with_header({"prompt_embeddings": entry([3, 32], start, stop)}))
 
 
@@ -240,7 +242,7 @@ def test_empty_dimensions_ranks_fields_and_no_tensors(refused: Refused, tensors:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_values_that_are_not_finite(refused: Refused, value: float, dtype: torch.dtype) -> None:
-    """One NaN or Inf anywhere is refused."""
+    """One NaN or infinity anywhere in the prefix is refused."""
     flat = torch.zeros(3, 32)
     flat[2, 31] = value
     refused(save({"prompt_embeddings": flat.to(dtype)}))
@@ -251,7 +253,7 @@ def test_values_that_are_not_finite(refused: Refused, value: float, dtype: torch
     [("F8_E4M3", 1), ("F8_E5M2", 1), ("F4", 1), ("C64", 8), ("BOOL", 1), ("I64", 8), ("I8", 1), ("F64", 8), ("X", 4)],
 )
 def test_dtypes_outside_the_allowlist(refused: Refused, dtype: str, size: int) -> None:
-    """A prefix is float32, float16 or bfloat16; everything else is refused."""
+    """A prefix of another dtype than float32, float16 and bfloat16 is refused."""
     refused(_with_header({"prompt_embeddings": entry([3, 32], 0, 96 * size, dtype)}, b"\0" * 96 * size))
 
 
@@ -269,12 +271,12 @@ def test_dtypes_outside_the_allowlist(refused: Refused, dtype: str, size: int) -
 def test_a_neighbour_of_another_dtype_is_checked_all_the_same(
     refused: Refused, neighbour: dict[str, Any], size: int
 ) -> None:
-    """What is not the prefix is skipped only after its place in the file was checked."""
+    """A tensor that is not the prefix is skipped only after its place in the file was checked."""
     refused(_with_header({**SOUND, "count": neighbour}, b"\0" * (BYTES + size)))
 
 
 def test_a_million_empty_tensors(refused: Refused, server: Server) -> None:
-    """A header of tens of megabytes is refused by its length, not parsed."""
+    """A header of tens of megabytes is refused by its length, before it is parsed."""
     empty = ",".join(f'"t{i:07}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for i in range(1_000_000))
     before = peak_memory(server)
     refused(_with_header(f"{{{empty}}}".encode(), b""))
@@ -282,14 +284,15 @@ def test_a_million_empty_tensors(refused: Refused, server: Server) -> None:
 
 
 def test_more_tensors_than_any_model_has(refused: Refused) -> None:
-    """The number of tensors is capped too: 70,000 tiny ones fit into a header that is short enough."""
+    """70,000 tiny tensors, whose header is short enough, are refused by their number."""
     starts = range(BYTES, BYTES + 4 * 70_000, 4)
     many = {**SOUND, **{f"t{start}": entry([1], start, start + 4) for start in starts}}
     refused(safetensors_file(json.dumps(many, separators=(",", ":")).encode(), b"\0" * starts.stop))
 
 
 def test_a_blob_that_is_cut_short_is_noticed_and_the_process_lives(tmp_path: Path) -> None:
-    """Blobs are read and hashed, never mapped: one that shrinks is a 503 for its version, others are unaffected."""
+    """A stored blob that was cut short is 503 for its version, and others are served: blobs are read and hashed, never
+    mapped."""
     with running_server(tmp_path / "data") as server:
         client = server.client()
         broken = upload(client, "acme", "broken").json()
@@ -307,7 +310,7 @@ def test_a_blob_that_is_cut_short_is_noticed_and_the_process_lives(tmp_path: Pat
 
 
 def _blobs_of(data_dir: Path, version: dict[str, Any]) -> set[str]:
-    """The names of the blobs that a version is stored in."""
+    """Returns the names of the blobs of a version."""
     query = "SELECT weights, key_values FROM versions WHERE digest = ?"
     with sqlite3.connect(data_dir / "catalog.sqlite") as catalog:
         row = catalog.execute(query, [version["digest"]]).fetchone()

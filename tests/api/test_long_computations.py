@@ -1,4 +1,4 @@
-"""Long computations of some tenants beside short work of another, which never waits for a whole one."""
+"""Long computations of some tenants never make another's short work wait for a whole one."""
 
 import itertools
 import json
@@ -32,20 +32,20 @@ LONG: dict[str, Any] = {
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
-    """A server whose computations use one core each."""
+    """Yields a server whose computations use one core each."""
     with running_server(tmp_path / "data", environment={"OMP_NUM_THREADS": "1"}) as running:
         yield running
 
 
 def seconds(call: Callable[[], httpx.Response]) -> float:
-    """Returns how long a request takes that succeeds."""
+    """Returns how long a successful request takes."""
     began = time.monotonic()
     assert call().is_success
     return time.monotonic() - began
 
 
 def test_long_computations_do_not_delay_a_neighbours_short_work(server: Server) -> None:
-    """Two tenants make untrained prefixes; a neighbour masks and publishes meanwhile, within a part of that time."""
+    """While two tenants make untrained prefixes, a neighbour's masks and publications take a part of that time."""
     admin, seeds = server.client(), itertools.count(1)
     for tenant in ("first", "second", "neighbour"):
         upload(admin, tenant, "small", file=weights())
@@ -81,7 +81,7 @@ def test_long_computations_do_not_delay_a_neighbours_short_work(server: Server) 
 
 
 def test_a_computation_ends_when_its_client_leaves(server: Server) -> None:
-    """Its memory is free after the step that runs; the whole takes twelve seconds of one core."""
+    """After the client leaves, a computation of twelve seconds ends with its current step, and its memory is free."""
     admin, body = server.client(), json.dumps({"config": {**LONG, "token_dim": 256}}).encode()
     upload(admin, "acme", "small", file=weights())
     used = re.compile(r"^prefix_service_work_used_bytes ([0-9.e+]+)$", re.MULTILINE)

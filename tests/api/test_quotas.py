@@ -1,4 +1,4 @@
-"""Quotas refuse before the work: at the first byte, while bytes arrive, and before anything is made."""
+"""Quotas refuse before the work: at the first byte, while bytes arrive, and before anything is computed."""
 
 import select
 import socket
@@ -25,14 +25,14 @@ PARTS = (
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A service whose disk no other suite changes."""
+    """Yields a service whose disk no other suite changes."""
     with running_server(tmp_path_factory.mktemp("quotas") / "data") as running:
         yield running
 
 
 @pytest.fixture
 def tenant(request: pytest.FixtureRequest, server: Server) -> str:
-    """A tenant of this test's own, with a quota."""
+    """Makes a tenant with a quota for one test."""
     name = f"quotas-{abs(hash(request.node.name)) % 10**9}"
     assert server.client().put(f"/v1/tenants/{name}", json={"max_bytes": QUOTA}).status_code == 201
     return name
@@ -50,7 +50,7 @@ def begin(server: Server, one: socket.socket, tenant: str, **fields: str) -> Non
 
 @pytest.mark.parametrize("expect", [False, True])
 def test_a_declared_length_is_refused_at_the_first_byte(server: Server, tenant: str, expect: bool) -> None:
-    """No byte of the body was sent."""
+    """An upload that declares more than the quota is refused before any byte of its body is sent."""
     with connect(server) as one:
         begin(server, one, tenant, Content_Length=str(64 * MIB), **({"Expect": "100-continue"} if expect else {}))
         answer = read_answer(one)
@@ -60,7 +60,7 @@ def test_a_declared_length_is_refused_at_the_first_byte(server: Server, tenant: 
 
 
 def test_chunks_are_counted_while_they_arrive(server: Server, tenant: str) -> None:
-    """The answer comes long before the end, of an upload that never ends."""
+    """An upload in chunks without end is refused once they exceed the quota."""
     with connect(server) as one:
         begin(server, one, tenant, Transfer_Encoding="chunked")
         one.sendall(b"%x\r\n%b\r\n" % (len(PARTS), PARTS))
@@ -75,7 +75,7 @@ def test_chunks_are_counted_while_they_arrive(server: Server, tenant: str) -> No
 
 
 def test_uploads_in_parallel_do_not_exceed_a_quota_together(server: Server, tenant: str) -> None:
-    """One that is under way counts as used, and no longer than it is."""
+    """An upload under way counts as used until it ends, so parallel ones do not exceed the quota together."""
     admin = server.client()
     large = {**CONFIG, "num_virtual_tokens": 1024, "num_layers": 16}
     file = save({"prompt_embeddings": torch.zeros(1024, 256, dtype=torch.float16)})  # 0.5 MiB, and as much again
@@ -89,7 +89,7 @@ def test_uploads_in_parallel_do_not_exceed_a_quota_together(server: Server, tena
 
 
 def until_free(admin: httpx.Client, tenant: str, config: dict[str, object], file: bytes) -> None:
-    """The service has noticed that the other upload ended."""
+    """Waits until the service has noticed that another upload ended."""
     until = time.monotonic() + 60
     while time.monotonic() < until:
         answer = upload(admin, tenant, "b", config, file)
@@ -100,7 +100,8 @@ def until_free(admin: httpx.Client, tenant: str, config: dict[str, object], file
 
 
 def test_the_same_content_needs_no_room(server: Server, tenant: str) -> None:
-    """Nor does a large one, whose length alone is more than the quota leaves: how else would it be mended?"""
+    """Known content is accepted at a full quota, also if its length exceeds what the quota leaves, so that it can be
+    repaired."""
     admin, large = server.client(), {**CONFIG, "num_virtual_tokens": 4096, "num_layers": 8, "token_dim": 16}
     file = save({"prompt_embeddings": torch.zeros(4096, 256)})  # 4 MiB, and as much again
     quota = {"max_bytes": 9 * MIB}
@@ -111,7 +112,7 @@ def test_the_same_content_needs_no_room(server: Server, tenant: str) -> None:
 
 
 def test_json_forms_are_refused_before_anything_is_made(server: Server, tenant: str) -> None:
-    """Untrained and composed; nothing was written, not even for a moment."""
+    """Untrained and composed versions above the quota are refused before anything is written, even for a moment."""
     admin = server.client()
     config = {**CONFIG, "num_virtual_tokens": 4096, "num_layers": 8, "token_dim": 128}
     half = {**config, "num_virtual_tokens": 600}
@@ -126,12 +127,12 @@ def test_json_forms_are_refused_before_anything_is_made(server: Server, tenant: 
 
 
 def changed(server: Server) -> int:
-    """When a file was last made or removed where uploads are staged."""
+    """Returns when a file was last made or removed in the folder of staged uploads."""
     return (server.data_dir / "blobs" / "staging").stat().st_mtime_ns
 
 
 def test_what_was_deleted_counts_until_it_is_collected(server: Server, tenant: str) -> None:
-    """So publishing and deleting in turn fills twice the quota of the disk and no more; the tenant sees what counts."""
+    """Publishing and deleting in turn fills twice the quota of the disk at most, and the tenant sees what counts."""
     admin, config = server.client(), {**CONFIG, "num_virtual_tokens": 1024, "num_layers": 16}
     before, made = blobs(server), 0
     while made < 20:
@@ -152,12 +153,12 @@ def test_what_was_deleted_counts_until_it_is_collected(server: Server, tenant: s
 
 
 def blobs(server: Server) -> int:
-    """Bytes of all blobs on the disk."""
+    """Returns the bytes of all blobs on the disk."""
     return sum(path.stat().st_size for path in (server.data_dir / "blobs").glob("??/*"))
 
 
 def test_a_quota_of_adapters_is_looked_at_first(server: Server, tenant: str) -> None:
-    """Before the body is read."""
+    """A quota of adapters refuses an upload before its body is read."""
     server.client().put(f"/v1/tenants/{tenant}", json={"max_adapters": 0})
     with connect(server) as one:
         begin(server, one, tenant, Content_Length="1000", Expect="100-continue")
@@ -167,7 +168,7 @@ def test_a_quota_of_adapters_is_looked_at_first(server: Server, tenant: str) -> 
 
 
 def test_the_config_counts(server: Server, tenant: str) -> None:
-    """150 versions with long configs are as many bytes as they take in the catalog."""
+    """150 versions with long configs count as many bytes as they take in the catalog."""
     admin = server.client()
     for number in range(3):
         config = {**CONFIG, "revision": str(number) + "x" * 50_000}
@@ -176,7 +177,7 @@ def test_the_config_counts(server: Server, tenant: str) -> None:
 
 
 def test_configs_are_bounded(server: Server, tenant: str) -> None:
-    """As they come, and as they are stored; the base model's name also by itself."""
+    """Configs are bounded as they arrive and as they are stored, and the base model's name by itself."""
     admin = server.client()
     config = {**CONFIG, "revision": "x" * 66_000}
     body = problem(upload(admin, tenant, "a", config), 413, "too-large")
@@ -201,7 +202,7 @@ def test_configs_are_bounded(server: Server, tenant: str) -> None:
 
 
 def test_a_large_base_config_is_read(server: Server, tenant: str) -> None:
-    """A classifier's names of labels are far more than an adapter's config; nothing of them is stored."""
+    """A base model's config with a classifier's many labels is accepted, and none of them is stored."""
     base = {"id2label": {str(number): f"label {number}" * 3 for number in range(21_000)}}
     admin = server.client()
     assert upload(admin, tenant, "a", base=base, file=weights()).status_code == 201

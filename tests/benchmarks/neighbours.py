@@ -23,7 +23,8 @@ import httpx
 from rich.console import Console
 from rich.progress import Progress
 
-from prefix_service.cli.console import human_bytes, print_table
+from prefix_service.cli.console import print_table
+from prefix_service.system.sizes import human_bytes
 from tests.benchmarks.fleet import Hosted, Shape, percentile, publish_all, zipf
 from tests.conftest import Server, running_server
 

@@ -1,11 +1,9 @@
-"""`blobs.folder` keeps the contract of a blob store, even when the disk fails."""
+"""`blobs.folder` is durable, and keeps the contract of a blob store even when the disk fails."""
 
 import fcntl
-import hashlib
 import os
 import resource
 import stat
-import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,16 +12,11 @@ from pathlib import Path
 import pytest
 
 from prefix_service.blobs.folder import FolderBlobStore
-from prefix_service.blobs.port import BlobStore, StagedBlob
-from prefix_service.errors import CorruptBlob, NotFound, OutOfSpace, StorageFailed
-from tests.missing import not_tested
+from prefix_service.blobs.port import StagedBlob
+from prefix_service.errors import OutOfSpace, StorageFailed
+from tests.blobs.test_contract import DATA, digest_of, opened, staged
 
-DATA = bytes(range(256)) * 1000
 Broken = Callable[[FolderBlobStore, str], object]
-
-
-def digest_of(data: bytes) -> str:
-    return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 
 @pytest.fixture
@@ -36,19 +29,6 @@ def folder(root: Path) -> FolderBlobStore:
     return FolderBlobStore(root)
 
 
-@pytest.fixture(params=["folder"])
-def store(request: pytest.FixtureRequest) -> BlobStore:
-    """Returns a store of every implementation, for the contract."""
-    made: BlobStore = request.getfixturevalue(request.param)
-    return made
-
-
-def staged(store: BlobStore, data: bytes = DATA) -> StagedBlob:
-    blob = store.stage()
-    blob.write(data)
-    return blob
-
-
 def files_in(root: Path) -> list[Path]:
     return [path for path in root.rglob("*") if path.is_file() and path != root / "lock"]
 
@@ -57,93 +37,12 @@ def blobs_in(root: Path) -> list[Path]:
     return [path for path in files_in(root) if path.parent.name != "quarantine"]
 
 
-def opened(store: FolderBlobStore, digest: str) -> bytes:
-    with store.open(digest) as file:
-        return file.read()
-
-
-@pytest.mark.parametrize("data", [DATA * 10, DATA, b"", b"x"], ids=["large", "many", "none", "one"])
-def test_bytes_come_back(store: BlobStore, data: bytes) -> None:
-    """`read` returns the whole blob, writable for tensors that share it, and `open` a file."""
-    digest = staged(store, data).commit()
-    assert digest == digest_of(data)
-    assert store.read(digest) == data
-    assert not store.read(digest).readonly
-    with store.open(digest) as file:
-        assert file.read() == data
-
-
-def test_a_blob_is_written_in_pieces(store: BlobStore) -> None:
-    """A staged blob's size, digest and bytes are those written so far, before it is committed."""
-    blob = store.stage()
-    for piece in (b"ab", bytearray(b"c"), memoryview(b"de")):
-        blob.write(piece)
-    assert (blob.size, blob.digest) == (5, digest_of(b"abcde"))
-    assert bytes(blob.read()) == b"abcde"
-    blob.write(b"f")
-    assert blob.commit() == digest_of(b"abcdef")
-
-
-def test_a_blob_is_read_where_it_is_told(store: BlobStore) -> None:
-    """`read` fills the given memory, and yields each piece to an observer before it is verified."""
-    digest = staged(store, DATA * 10).commit()
-    given: list[bytearray] = []
-    pieces: list[bytes] = []
-
-    def memory(nbytes: int) -> memoryview:
-        given.append(bytearray(nbytes))
-        return memoryview(given[0])
-
-    data = store.read(digest, memory, lambda piece: pieces.append(bytes(piece)))
-    assert data.obj is given[0]
-    assert b"".join(pieces) == given[0] == DATA * 10
-    assert len(pieces) == 3
-
-
-def test_nothing_is_visible_before_it_is_committed(store: BlobStore) -> None:
-    """Staged and discarded blobs cannot be read; discarding twice, or after a commit, does nothing."""
-    blob = staged(store)
-    for _ in range(2):
-        with pytest.raises(NotFound):
-            store.read(blob.digest)
-        blob.discard()
-    kept = staged(store)
-    digest = kept.commit()
-    kept.discard()
-    assert store.read(digest) == DATA
-
-
-def test_the_same_bytes_are_one_blob(store: BlobStore) -> None:
-    """Committing the same bytes in many threads, while others read them, makes one readable blob."""
-    digest = staged(store).commit()
-
-    def again(_: int) -> memoryview:
-        staged(store).commit()
-        return store.read(digest)
-
-    with ThreadPoolExecutor(8) as pool:
-        assert all(data == DATA for data in pool.map(again, range(32)))
-
-
-@pytest.mark.parametrize("digest", [digest_of(b"?"), "", "sha256:", "sha256:../../etc/passwd", "sha256:" + "A" * 64])
-def test_what_is_not_there(store: BlobStore, digest: str) -> None:
-    """An unknown digest, or text that is none, raises NotFound and is never used as a path."""
-    for call in (store.read, store.open):
-        with pytest.raises(NotFound):
-            call(digest)
-
-
 def test_a_folder_holds_nothing_else(folder: FolderBlobStore, root: Path) -> None:
     """The folder has one file for each blob, named by its digest, and none for a discarded one."""
     digest = staged(folder).commit()
     staged(folder).discard()
     assert blobs_in(root) == [folder.path(digest)]
     assert folder.path(digest).read_bytes() == DATA
-
-
-def test_a_second_store_sees_the_first_ones_blobs(folder: FolderBlobStore, root: Path) -> None:
-    """A store on the same folder reads what another store has committed."""
-    assert FolderBlobStore(root).read(staged(folder).commit()) == DATA
 
 
 def abandoned(root: Path, seconds_ago: float = 0) -> Path:
@@ -216,33 +115,6 @@ def test_a_removal_waits_for_a_rename(folder: FolderBlobStore) -> None:
     assert folder.read(digest) == DATA
 
 
-def flipped(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
-@pytest.mark.parametrize("read", [FolderBlobStore.read, opened], ids=["read", "open"])
-@pytest.mark.parametrize(
-    "damage",
-    [flipped, lambda path: path.write_bytes(DATA[:-1]), lambda path: path.write_bytes(DATA + b"x"), Path.write_bytes],
-    ids=["bit", "shorter", "longer", "empty"],
-)
-def test_bit_rot_is_found(folder: FolderBlobStore, read: Broken, damage: Callable[..., object]) -> None:
-    """The store quarantines damaged bytes and never returns them; committing the content again heals the blob."""
-    digest = staged(folder).commit()
-    damage(folder.path(digest), *([b""] if damage is Path.write_bytes else []))
-    bad = folder.path(digest).read_bytes()
-    with pytest.raises(CorruptBlob, match="no longer match their digest") as caught:
-        read(folder, digest)
-    assert caught.value.retry_after == 60
-    assert (folder.path(digest).parents[1] / "quarantine" / folder.path(digest).name).read_bytes() == bad
-    with pytest.raises(NotFound):
-        read(folder, digest)
-    staged(folder).commit()
-    assert folder.read(digest) == DATA
-
-
 @pytest.mark.parametrize("read", [FolderBlobStore.read, opened], ids=["read", "open"])
 def test_a_folder_in_a_blobs_place(folder: FolderBlobStore, read: Broken) -> None:
     """An error of the system raises StorageFailed."""
@@ -292,18 +164,6 @@ def fill(store: FolderBlobStore, root: Path) -> None:
         upload(blob, 4 << 20)
     blob.discard()
     assert files_in(root) == before
-
-
-@pytest.fixture
-def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """Yields the mount point of a file system of 1 MiB."""
-    place = tmp_path / "tiny"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
-    if subprocess.run(mount, check=False, capture_output=True).returncode != 0:
-        not_tested("a full disk, because this user may not mount a tmpfs")
-    yield place
-    subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
 def test_a_full_disk_is_out_of_space(tiny_disk: Path) -> None:

@@ -1,6 +1,7 @@
-"""A catalog on a new database, SQLite and PostgreSQL in turn: one contract for both."""
+"""Fixtures of a catalog on a new database: each test runs on SQLite and on PostgreSQL."""
 
 import hashlib
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -49,8 +50,18 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
     server.drop(name)
 
 
+@pytest.fixture(scope="session")
+def copied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An SQLite database that was migrated once, to be copied."""
+    path = tmp_path_factory.mktemp("migrated") / "catalog.sqlite"
+    Database(path).close()
+    return path
+
+
 @pytest.fixture
-def database(place: Place) -> Iterator[Database]:
+def database(place: Place, copied: Path) -> Iterator[Database]:
+    if isinstance(place, Path):
+        shutil.copyfile(copied, place)
     opened = Database(place)
     yield opened
     opened.close()
@@ -87,7 +98,7 @@ def garbage(database: Database) -> Garbage:
 
 
 def remove_deleted(database: Database) -> None:
-    """What the collector does: every row of what was deleted goes."""
+    """Removes every row of everything that was deleted, as the collector does."""
     deletions = Deletions(database)
     while deletions.remove_slice():
         pass
@@ -105,8 +116,8 @@ def keyring(database: Database, secret: Path) -> Keyring:
 
 @pytest.fixture
 def content() -> Content:
-    """What publishing would put into the catalog, for a content that is told apart by a word: 10 bytes of weights, 20
-    of keys and values, and 70 of the manifest."""
+    """Returns a function that makes the record of a version for a word, as publishing does: 10 bytes of weights, 20 of
+    keys and values, and 70 of the manifest."""
 
     def make(word: str, base_model: str | None = "gpt2") -> NewVersion:
         digest = f"sha256:{hashlib.sha256(word.encode()).hexdigest()}"

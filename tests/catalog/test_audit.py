@@ -1,4 +1,4 @@
-"""`catalog.audit`: one row and one line for each change, none for what changed nothing."""
+"""`catalog.audit`: each change is noted in one row and one log line; calls that change nothing are not noted."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ from prefix_service.catalog.authority import writing_for
 from prefix_service.catalog.catalog import Catalog
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.keys import Keyring
-from prefix_service.catalog.records import COMMAND_LINE, AuditEntry, Principal, Quotas
+from prefix_service.catalog.records import COMMAND_LINE, AuditEntry, Principal, Quotas, VersionName
 from prefix_service.catalog.schema import metadata
 from prefix_service.catalog.tenants import Tenants
 from prefix_service.errors import (
@@ -31,7 +31,7 @@ from tests.catalog.conftest import BY, Content
 
 @pytest.fixture(autouse=True)
 def acme(tenants: Tenants, catalog: Catalog, content: Content) -> None:
-    """A tenant with two versions of an adapter, the first one behind an alias."""
+    """Makes a tenant with two versions of an adapter, the first one behind an alias."""
     tenants.put("acme", BY, Quotas(max_bytes=330))
     for word in "xy":
         catalog.add_version("acme", "a", content(word), BY)
@@ -40,7 +40,7 @@ def acme(tenants: Tenants, catalog: Catalog, content: Content) -> None:
 
 @pytest.fixture
 def own(keyring: Keyring) -> Principal:
-    """A key of the tenant."""
+    """Returns a key of the tenant."""
     return keyring.verify(keyring.create("acme", "write", "own", BY)[1])
 
 
@@ -48,7 +48,7 @@ def own(keyring: Keyring) -> Principal:
 def changes(
     tenants: Tenants, catalog: Catalog, keyring: Keyring, audit: AuditLog, content: Content, own: Principal
 ) -> dict[str, Callable[[], object]]:
-    """One of every change."""
+    """Returns a call for every kind of change."""
     key, _ = keyring.create("acme", "read", "", BY)
     return {
         "tenant.created": lambda: tenants.put("beta", own, Quotas(max_bytes=9)),
@@ -82,7 +82,7 @@ EXPECTED: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 @contextmanager
 def captured() -> Iterator[list[dict[str, Any]]]:
-    """What the catalog logs meanwhile: the fields of each line."""
+    """Yields the fields of each line that the catalog logs during the test."""
     lines: list[dict[str, Any]] = []
     log, handler = logging.getLogger("prefix_service"), logging.Handler()
     handler.emit = lambda record: lines.append(vars(record))  # type: ignore[method-assign]
@@ -104,7 +104,7 @@ def entries(audit: AuditLog, tenant: str | None = None) -> list[AuditEntry]:
 def test_every_change_is_one_row_and_one_line(
     changes: dict[str, Callable[[], object]], audit: AuditLog, own: Principal, action: str
 ) -> None:
-    """Who, what, when, and from which key; the line says the same."""
+    """The row has the key, the action, the target and the time; the log line has the same fields."""
     before = entries(audit)
     with captured() as lines:
         changes[action]()
@@ -122,7 +122,8 @@ def test_every_change_is_one_row_and_one_line(
 
 
 def test_an_entry_names_its_key(audit: AuditLog, catalog: Catalog, keyring: Keyring, own: Principal) -> None:
-    """By its name and its id, also once it was revoked, by itself too; without a key there is no name."""
+    """An entry has its key's name and id, also after the key was revoked, even by itself; without a key the name is
+    empty."""
     catalog.put_alias("acme", "a", "prod", 2, own)
     keyring.revoke("acme", own.key_id, own)
     catalog.put_alias("acme", "a", "prod", 1, BY)
@@ -135,7 +136,7 @@ def test_an_entry_names_its_key(audit: AuditLog, catalog: Catalog, keyring: Keyr
 
 
 def everything(database: Database) -> dict[str, list[Any]]:
-    """Every row of every table."""
+    """Returns every row of every table."""
     with database.reading() as connection:
         return {table.name: list(connection.execute(sa.select(table))) for table in metadata.sorted_tables}
 
@@ -144,7 +145,7 @@ def everything(database: Database) -> dict[str, list[Any]]:
 def test_what_cannot_be_noted_is_not_done(
     changes: dict[str, Callable[[], object]], database: Database, action: str
 ) -> None:
-    """The row and the change are one transaction; no line tells of one that failed."""
+    """If the audit row cannot be written, the change is rolled back, and no line is logged."""
     before = everything(database)
     with database.writing() as connection:
         connection.exec_driver_sql("ALTER TABLE audit RENAME TO away")
@@ -162,7 +163,7 @@ def note_and_fail(database: Database) -> None:
 
 
 def test_what_fails_after_its_note_is_not_noted(database: Database, audit: AuditLog) -> None:
-    """Neither row nor line."""
+    """A transaction that fails after its note leaves neither a row nor a line."""
     before = entries(audit)
     with captured() as lines, pytest.raises(KeyError):
         note_and_fail(database)
@@ -172,7 +173,7 @@ def test_what_fails_after_its_note_is_not_noted(database: Database, audit: Audit
 def test_what_changes_nothing_is_not_noted(
     tenants: Tenants, catalog: Catalog, audit: AuditLog, content: Content
 ) -> None:
-    """The same content, the same quotas, an alias put where it is."""
+    """Publishing the same content, setting the same quotas and moving an alias to where it is leave no entry."""
     before = entries(audit)
     with captured() as lines:
         tenants.put("acme", BY)
@@ -185,7 +186,7 @@ def test_what_changes_nothing_is_not_noted(
 def test_what_is_refused_is_not_noted(
     tenants: Tenants, catalog: Catalog, keyring: Keyring, audit: AuditLog, content: Content
 ) -> None:
-    """Whatever the reason."""
+    """A refused change leaves no entry, whatever it was refused for."""
     refused: list[tuple[type[PrefixServiceError], Callable[[], object]]] = [
         (NotFound, lambda: tenants.delete("ghost", BY)),
         (NotFound, lambda: keyring.create("ghost", "read", "", BY)),
@@ -206,20 +207,21 @@ def test_what_is_refused_is_not_noted(
 
 
 def test_a_publication_may_bring_its_tenant(catalog: Catalog, audit: AuditLog, content: Content) -> None:
-    """Two changes, two rows, both the new tenant's."""
+    """A publication that makes its tenant is two changes and two rows, both owned by the new tenant."""
     catalog.add_version("beta", "a", content("x"), BY, make_tenant=True)
     assert [entry.action for entry in entries(audit, "beta")] == ["version.published", "tenant.created"]
 
 
 @pytest.mark.parametrize("by", [None, COMMAND_LINE])
 def test_only_a_transaction_of_who_acts_can_be_recorded(database: Database, by: Principal | None) -> None:
-    """A writing method that proves nobody, or somebody else, fails in every test that it has."""
+    """Recording fails in a transaction that proved no caller, or another one, so a method that forgets it fails in all
+    its tests."""
     with pytest.raises(AssertionError, match="proved"), database.writing(by) as connection:
         record(connection, BY, "looked.at", None, "x")
 
 
 def test_the_line_comes_after_the_commit(database: Database, audit: AuditLog) -> None:
-    """Whoever reads the line finds the row."""
+    """When the log line is written, another connection already finds the row."""
     with captured() as lines:
         with writing_for(database, BY) as connection:
             record(connection, BY, "looked.at", None, "x")
@@ -229,7 +231,7 @@ def test_the_line_comes_after_the_commit(database: Database, audit: AuditLog) ->
 
 
 def test_changes_that_the_catalog_does_not_hold(audit: AuditLog, own: Principal) -> None:
-    """`add` notes them: a tenant's, the platform's, and those of a tenant that is gone."""
+    """`add` notes changes of a tenant, of the platform, and of a tenant that was deleted."""
     audit.add(BY, "residency.loaded", "acme", "acme/a@1", tier="host")
     audit.add(BY, "tenant.looked-at", "ghost", "ghost")
     audit.add(own, "limits.changed", None, "limits")
@@ -240,7 +242,7 @@ def test_changes_that_the_catalog_does_not_hold(audit: AuditLog, own: Principal)
 
 
 def test_a_listing_is_the_tenants(tenants: Tenants, catalog: Catalog, audit: AuditLog, content: Content) -> None:
-    """Its own resources' changes, whoever made them; None for all there are."""
+    """A tenant's listing has the changes of its own resources, whoever made them; without a tenant it has all."""
     catalog.add_version("beta", "a", content("x"), BY, make_tenant=True)
     own = entries(audit, "acme")
     assert [entry.target for entry in own] == ["acme/a@prod", "acme/a@2", "acme/a@1", "acme"]
@@ -250,7 +252,7 @@ def test_a_listing_is_the_tenants(tenants: Tenants, catalog: Catalog, audit: Aud
 
 
 def test_a_listing_comes_in_pages(audit: AuditLog) -> None:
-    """Newest first, each page before an entry's id, which may be of any size."""
+    """Entries come newest first; a page begins before an entry's id, and the id may be any number."""
     every = entries(audit, "acme")
     assert audit.listed("acme", before=None, limit=2) == every[:2]
     assert audit.listed("acme", before=every[1].id, limit=2) == every[2:4]
@@ -259,9 +261,30 @@ def test_a_listing_comes_in_pages(audit: AuditLog) -> None:
 
 
 def test_a_namesake_does_not_see_what_was_before(tenants: Tenants, audit: AuditLog) -> None:
-    """The platform still does."""
+    """A tenant that was made again does not see the entries of the deleted one; the platform does."""
     before = entries(audit)
     tenants.delete("acme", BY)
     tenants.put("acme", BY)
     assert [entry.action for entry in entries(audit, "acme")] == ["tenant.created"]
     assert entries(audit)[2:] == before
+
+
+def test_changes_of_a_version(catalog: Catalog, audit: AuditLog, content: Content, tenants: Tenants) -> None:
+    """Of itself, and of the aliases that began or ceased to name it; none of another adapter, tenant or version."""
+    tenants.put("acme", BY, Quotas())
+    for tenant, adapter in (("acme", "a_b"), ("acme", "aab"), ("beta", "a")):
+        catalog.add_version(tenant, adapter, content(adapter), BY, make_tenant=True)
+        catalog.put_alias(tenant, adapter, "prod", 1, BY)
+    catalog.put_alias("acme", "a", "prod", 2, BY)
+    catalog.put_alias("acme", "a", "next", 2, BY)
+    catalog.delete_alias("acme", "a", "next", BY)
+    first, second = (VersionName("acme", "a", number, "") for number in (1, 2))
+    found = [(entry.action, entry.target) for entry in audit.of_version(first, 9)]
+    assert found == [
+        ("alias.moved", "acme/a@prod"),
+        ("alias.moved", "acme/a@prod"),
+        ("version.published", "acme/a@1"),
+    ]
+    assert [entry.action for entry in audit.of_version(second, 3)] == ["alias.deleted", "alias.moved", "alias.moved"]
+    named = VersionName("acme", "a_b", 1, "")
+    assert [entry.target for entry in audit.of_version(named, 9)] == ["acme/a_b@prod", "acme/a_b@1"]

@@ -1,4 +1,4 @@
-"""`catalog.authority`: who acts is proved in the transaction that writes, by ids."""
+"""`catalog.authority`: each transaction that writes proves by ids that its caller may do so."""
 
 import threading
 from collections.abc import Callable
@@ -17,6 +17,7 @@ from prefix_service.catalog.database import Database
 from prefix_service.catalog.keys import Keyring
 from prefix_service.catalog.records import COMMAND_LINE, DEV, SERVICE, Principal, Quotas
 from prefix_service.catalog.schema import keys, metadata
+from prefix_service.catalog.sessions import Sessions
 from prefix_service.catalog.tenants import Tenants
 from prefix_service.errors import NotFound, Unauthenticated
 from prefix_service.prefix.references import parse_reference
@@ -29,7 +30,7 @@ Change = Callable[[Principal], object]
 def changes(
     tenants: Tenants, catalog: Catalog, keyring: Keyring, audit: AuditLog, content: Content
 ) -> dict[str, Change]:
-    """Every method of the catalog that changes something for somebody."""
+    """Returns every method of the catalog that changes something for a caller."""
     tenants.put("acme", BY)
     for word in "xy":
         catalog.add_version("acme", "a", content(word), BY)
@@ -59,7 +60,7 @@ CHANGES = (
 
 
 def everything(database: Database) -> dict[str, list[Any]]:
-    """Every row of every table."""
+    """Returns every row of every table."""
     with database.reading() as connection:
         return {table.name: list(connection.execute(sa.select(table))) for table in metadata.sorted_tables}
 
@@ -90,7 +91,8 @@ def test_a_key_that_ended_changes_nothing(
     owner: str | None,
     end: Callable[[Keyring, Database, Principal], None],
 ) -> None:
-    """Revoked, expired or of a smaller scope than when it was verified: every change is refused."""
+    """Every change is refused for a key that was revoked, has expired or has a smaller scope than when it was
+    verified."""
     by = keyring.verify(keyring.create(owner, "admin", "", BY)[1])
     end(keyring, database, by)
     before = everything(database)
@@ -99,12 +101,31 @@ def test_a_key_that_ended_changes_nothing(
     assert everything(database) == before
 
 
+@pytest.mark.parametrize("owner", ["acme", None])
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_session_that_was_ended_changes_nothing(
+    changes: dict[str, Change], keyring: Keyring, database: Database, name: str, owner: str | None
+) -> None:
+    """A change by a session that was ended since its request began is refused, although its key is valid."""
+    sessions = Sessions(database)
+    session_id = sessions.begin(keyring.verify(keyring.create(owner, "admin", "", BY)[1]))
+    found = sessions.find(session_id)
+    assert found is not None
+    prove(database, found.principal)
+    sessions.end(session_id)
+    before = everything(database)
+    with pytest.raises(Unauthenticated, match="the session was ended while the request was under way: sign in again"):
+        changes[name](found.principal)
+    assert everything(database) == before
+
+
 @pytest.mark.parametrize("is_made_again", [False, True])
 @pytest.mark.parametrize("name", [name for name in CHANGES if name != "create platform"])
 def test_a_tenant_is_the_one_that_the_request_named(
     changes: dict[str, Change], keyring: Keyring, tenants: Tenants, database: Database, name: str, is_made_again: bool
 ) -> None:
-    """One of the same name, made since, is another; a key of the one that is gone is gone, too."""
+    """A change is refused if its tenant was deleted since its request began, also if a namesake was made, and with the
+    deleted tenant's own keys."""
     acme = tenants.require("acme")
     platform = replace(keyring.verify(keyring.create(None, "admin", "", BY)[1]), acts_on=acme)
     own = replace(keyring.verify(keyring.create("acme", "admin", "", BY)[1]), acts_on=acme)
@@ -126,7 +147,7 @@ def test_a_tenant_is_the_one_that_the_request_named(
 def test_a_key_that_is_alive_changes_what_it_may(
     changes: dict[str, Change], keyring: Keyring, tenants: Tenants, name: str, owner: str | None
 ) -> None:
-    """On both databases, also within its last second but one."""
+    """Every change is carried out for a valid key, also for one that ends within a minute."""
     soon = datetime.now(UTC) + timedelta(minutes=1)
     by = keyring.verify(keyring.create(owner, "admin", "", BY, soon)[1])
     changes[name](replace(by, acts_on=tenants.require("acme")))
@@ -146,7 +167,7 @@ def test_a_namesake_of_its_tenant_is_not_its_tenant(keyring: Keyring, tenants: T
 
 @pytest.mark.parametrize("by", [SERVICE, COMMAND_LINE, DEV])
 def test_without_a_key_there_is_nothing_to_prove(database: Database, by: Principal) -> None:
-    """And no key can pass for it: that has no key is not told by its id."""
+    """Principals without a key are accepted; a key with the id of such a principal is refused."""
     prove(database, by)
     with pytest.raises(Unauthenticated):
         prove(database, replace(by, has_key=True))
@@ -157,7 +178,8 @@ def test_without_a_key_there_is_nothing_to_prove(database: Database, by: Princip
 def test_a_revocation_that_commits_first_wins(
     database: Database, keyring: Keyring, tenants: Tenants, owner: str | None
 ) -> None:
-    """A writer waits for it, and is refused; one that came first is waited for."""
+    """A writer waits for a revocation that began first, and is then refused; a revocation waits for a writer that began
+    first."""
     tenants.put("acme", BY)
     by = keyring.verify(keyring.create(owner, "admin", "", BY)[1])
     revoked, written = threading.Event(), threading.Event()
@@ -186,3 +208,21 @@ def test_a_revocation_that_commits_first_wins(
                 refused.result(0.3)
         with pytest.raises(Unauthenticated):
             refused.result(60)
+
+
+@on_postgresql
+def test_signing_out_waits_for_a_writer(database: Database, keyring: Keyring, tenants: Tenants) -> None:
+    """A transaction that has proved a session ends before the session does."""
+    tenants.put("acme", BY)
+    sessions = Sessions(database)
+    session_id = sessions.begin(keyring.verify(keyring.create("acme", "admin", "", BY)[1]))
+    found = sessions.find(session_id)
+    assert found is not None
+    with ThreadPoolExecutor(1) as pool:
+        with writing_for(database, found.principal):
+            ending = pool.submit(sessions.end, session_id)
+            with pytest.raises(TimeoutError):
+                ending.result(0.3)
+        ending.result(60)
+    with pytest.raises(Unauthenticated):
+        prove(database, found.principal)

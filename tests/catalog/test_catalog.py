@@ -1,4 +1,4 @@
-"""`catalog.catalog`: numbers, digests, aliases, listings and deletions, alone and all at once."""
+"""`catalog.catalog`: numbers, digests, aliases, listings and deletions, one by one and in parallel."""
 
 import multiprocessing
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
@@ -18,7 +18,7 @@ from tests.catalog.conftest import BY, Content, Place
 
 @pytest.fixture(autouse=True)
 def acme(tenants: Tenants) -> None:
-    """A tenant for every test."""
+    """Makes a tenant for every test."""
     assert tenants.put("acme", BY)
 
 
@@ -35,7 +35,7 @@ def delete(catalog: Catalog, reference: str) -> None:
 
 
 def test_a_version_is_what_was_published(catalog: Catalog, content: Content) -> None:
-    """Every field comes back, with its number, its owner and a time."""
+    """A published version comes back with every field, its number, its owner and a time."""
     new = content("x")
     version, is_new = catalog.add_version("acme", "a", new, BY)
     assert is_new
@@ -46,7 +46,8 @@ def test_a_version_is_what_was_published(catalog: Catalog, content: Content) -> 
 
 
 def test_the_same_digest_is_the_same_version(catalog: Catalog, content: Content) -> None:
-    """Publishing is idempotent, and latest does not move; in another adapter it is another version."""
+    """Publishing the same content again returns the same version, and `latest` does not move; in another adapter it is
+    another version."""
     first, _ = catalog.add_version("acme", "a", content("x"), BY)
     publish(catalog, content("y"))
     assert catalog.add_version("acme", "a", content("x"), BY) == (first, False)
@@ -55,7 +56,7 @@ def test_the_same_digest_is_the_same_version(catalog: Catalog, content: Content)
 
 
 def test_a_version_needs_a_tenant(catalog: Catalog, tenants: Tenants, content: Content) -> None:
-    """Unless it may bring one along."""
+    """Publishing for a missing tenant is NotFound, unless the publication may make the tenant."""
     with pytest.raises(NotFound, match="there is no tenant 'ghost'"):
         publish(catalog, content("x"), tenant="ghost")
     version, is_new = catalog.add_version("ghost", "a", content("x"), BY, make_tenant=True)
@@ -63,7 +64,7 @@ def test_a_version_needs_a_tenant(catalog: Catalog, tenants: Tenants, content: C
 
 
 def test_every_way_to_name_a_version(catalog: Catalog, content: Content) -> None:
-    """Number, digest, alias, latest, and nothing at all."""
+    """A version is resolved by number, digest, alias and `latest`, and without a selector."""
     for word in "xyz":
         publish(catalog, content(word))
     catalog.put_alias("acme", "a", "prod", 2, BY)
@@ -74,14 +75,14 @@ def test_every_way_to_name_a_version(catalog: Catalog, content: Content) -> None
 
 @pytest.mark.parametrize("reference", ["a@2", "a@prod", "a@sha256:" + "0" * 64, "b", "b@1", f"a@{10**17}"])
 def test_what_is_not_there(catalog: Catalog, content: Content, reference: str) -> None:
-    """NotFound, with the reference."""
+    """Resolving a missing reference is NotFound, and the message names the reference."""
     publish(catalog, content("x"))
     with pytest.raises(NotFound, match=f"there is no acme/{reference[0]}"):
         resolve(catalog, reference)
 
 
 def test_tenants_do_not_see_each_other(catalog: Catalog, tenants: Tenants, content: Content) -> None:
-    """The same adapter name is another adapter."""
+    """One adapter name is two adapters in two tenants."""
     tenants.put("beta", BY)
     publish(catalog, content("x"))
     with pytest.raises(NotFound):
@@ -91,7 +92,7 @@ def test_tenants_do_not_see_each_other(catalog: Catalog, tenants: Tenants, conte
 
 
 def test_a_number_is_never_given_twice(catalog: Catalog, content: Content) -> None:
-    """Not after the newest version was deleted, nor after the adapter was."""
+    """Numbers go on after the newest version was deleted, and after the adapter was."""
     for word in "xy":
         publish(catalog, content(word))
     delete(catalog, "a@2")
@@ -102,12 +103,12 @@ def test_a_number_is_never_given_twice(catalog: Catalog, content: Content) -> No
 
 
 def test_an_idempotent_publication_takes_no_number(catalog: Catalog, content: Content) -> None:
-    """Numbers count contents."""
+    """Publishing known content takes no number."""
     assert [publish(catalog, content(word)) for word in ("x", "x", "x", "y")] == [1, 1, 1, 2]
 
 
 def test_an_alias_moves(catalog: Catalog, content: Content) -> None:
-    """To any version that exists, and is told as new once."""
+    """An alias moves to any existing version, and only its first move reports it as new."""
     for word in "xy":
         publish(catalog, content(word))
     assert catalog.put_alias("acme", "a", "prod", 1, BY)
@@ -132,7 +133,8 @@ def test_an_alias_moves(catalog: Catalog, content: Content) -> None:
 def test_an_alias_moves_from_where_it_is_expected(
     catalog: Catalog, content: Content, before: int | None, expected: int | None, moves: bool
 ) -> None:
-    """A number: only from there; None: only if it is new; -1: from anywhere. Otherwise nothing changes."""
+    """An alias moves only if it points at the expected number, or if it is new for None; -1 allows any state. Otherwise
+    nothing changes."""
     for word in "xyz":
         publish(catalog, content(word))
     if before is not None:
@@ -146,7 +148,7 @@ def test_an_alias_moves_from_where_it_is_expected(
 
 
 def test_an_alias_is_deleted_where_it_is_expected(catalog: Catalog, content: Content) -> None:
-    """The same for its deletion."""
+    """An alias is deleted only if it points at the expected number; -1 allows any."""
     publish(catalog, content("x"))
     catalog.put_alias("acme", "a", "prod", 1, BY)
     with pytest.raises(PreconditionFailed):
@@ -157,7 +159,7 @@ def test_an_alias_is_deleted_where_it_is_expected(catalog: Catalog, content: Con
 
 
 def test_an_alias_needs_its_version(catalog: Catalog, content: Content) -> None:
-    """It never points at nothing."""
+    """An alias cannot be moved to a version that does not exist."""
     with pytest.raises(NotFound, match="there is no acme/a"):
         catalog.put_alias("acme", "a", "prod", 1, BY)
     publish(catalog, content("x"))
@@ -166,7 +168,7 @@ def test_an_alias_needs_its_version(catalog: Catalog, content: Content) -> None:
 
 
 def test_a_version_behind_an_alias_stays(catalog: Catalog, content: Content) -> None:
-    """The conflict names the aliases; by number and by digest."""
+    """Deleting a version that aliases point at is a Conflict that names them, by number and by digest."""
     for word in "xy":
         publish(catalog, content(word))
     for alias in ("prod", "eu"):
@@ -178,7 +180,7 @@ def test_a_version_behind_an_alias_stays(catalog: Catalog, content: Content) -> 
 
 
 def test_an_adapter_goes_with_everything(catalog: Catalog, listings: Listings, content: Content) -> None:
-    """Aliases do not protect it, and do not come back with its name."""
+    """Deleting an adapter deletes its aliases, and a new adapter of the same name has none of them."""
     publish(catalog, content("x"))
     catalog.put_alias("acme", "a", "prod", 1, BY)
     delete(catalog, "a")
@@ -191,7 +193,7 @@ def test_an_adapter_goes_with_everything(catalog: Catalog, listings: Listings, c
 
 
 def test_an_adapter_goes_with_its_last_version(catalog: Catalog, listings: Listings, content: Content) -> None:
-    """There is no empty adapter."""
+    """Deleting the last version deletes the adapter."""
     publish(catalog, content("x"))
     delete(catalog, "a@1")
     with pytest.raises(NotFound):
@@ -201,7 +203,7 @@ def test_an_adapter_goes_with_its_last_version(catalog: Catalog, listings: Listi
 
 @pytest.mark.parametrize("reference", ["a", "a@1", "b@1"])
 def test_what_is_not_there_cannot_be_deleted(catalog: Catalog, content: Content, reference: str) -> None:
-    """NotFound, and nothing else goes."""
+    """Deleting something that does not exist is NotFound, and nothing else is deleted."""
     publish(catalog, content("x"), "b")
     delete(catalog, "b@1") if reference == "b@1" else None
     with pytest.raises(NotFound):
@@ -209,14 +211,14 @@ def test_what_is_not_there_cannot_be_deleted(catalog: Catalog, content: Content,
 
 
 def test_versions_come_newest_first(catalog: Catalog, listings: Listings, content: Content) -> None:
-    """All of them."""
+    """A listing has all versions, the newest first."""
     for word in "xyz":
         publish(catalog, content(word))
     assert [version.number for version in listings.versions("acme", "a", before=None, limit=99)] == [3, 2, 1]
 
 
 def test_adapters_come_in_pages(catalog: Catalog, listings: Listings, content: Content) -> None:
-    """In the order of names, each with its newest version, its count and its aliases."""
+    """Adapters come in the order of their names, each with its newest version, its count and its aliases."""
     for name in ("c", "a", "b"):
         publish(catalog, content(name), name)
     publish(catalog, content("new"), "b")
@@ -231,8 +233,8 @@ def test_adapters_come_in_pages(catalog: Catalog, listings: Listings, content: C
 def test_the_index_names_every_version(
     catalog: Catalog, listings: Listings, tenants: Tenants, content: Content
 ) -> None:
-    """In the order of names and numbers, page by page, of an adapter, a tenant or all; a deletion moves nobody's
-    place."""
+    """The index of an adapter, a tenant or all has each version once, by names and numbers, page by page; a deletion
+    between two pages skips none."""
     tenants.put("beta", BY)
     published = [("acme", "b", "w"), ("beta", "a", "x"), ("acme", "a", "y"), ("acme", "b", "z")]
     for tenant, adapter, word in published:
@@ -257,7 +259,7 @@ def test_the_index_names_every_version(
 
 
 def test_adapters_of_one_base_model(catalog: Catalog, listings: Listings, content: Content) -> None:
-    """That of the newest version decides."""
+    """A listing for a base model has the adapters whose newest version has that base model."""
     publish(catalog, content("x", "llama"), "a")
     publish(catalog, content("y", "gpt2"), "a")
     publish(catalog, content("z", "llama"), "b")
@@ -266,7 +268,7 @@ def test_adapters_of_one_base_model(catalog: Catalog, listings: Listings, conten
 
 
 def publish_from(place: Place, contents: list[NewVersion]) -> list[tuple[int, bool]]:
-    """What another process does: a catalog of its own on the same database."""
+    """Publishes as another process does, with a catalog of its own on the same database."""
     database = Database(place)
     try:
         published = [Catalog(database).add_version("acme", "a", new, BY) for new in contents]
@@ -283,7 +285,8 @@ def pool_of(kind: str, workers: int) -> Executor:
 
 @pytest.mark.parametrize(("kind", "workers"), [("threads", 8), ("processes", 2)])
 def test_many_who_publish_at_once(listings: Listings, place: Place, content: Content, kind: str, workers: int) -> None:
-    """The same content: one is new, the rest get its version. Different contents: consecutive numbers."""
+    """Of parallel publications of one content one is new and the rest get its version; different contents get
+    consecutive numbers."""
     same = [content("same")] * 5
     own = [[content(f"{worker}-{n}") for n in range(5)] for worker in range(workers)]
     with pool_of(kind, workers) as pool:
@@ -298,7 +301,7 @@ def test_many_who_publish_at_once(listings: Listings, place: Place, content: Con
 
 
 def test_many_who_move_an_alias_at_once(catalog: Catalog, content: Content) -> None:
-    """Of those who expect the same, one moves it."""
+    """Of parallel moves that expect the same target exactly one succeeds."""
     for word in "xyz":
         publish(catalog, content(word))
     catalog.put_alias("acme", "a", "prod", 1, BY)
@@ -315,5 +318,5 @@ def test_many_who_move_an_alias_at_once(catalog: Catalog, content: Content) -> N
 
 
 def test_the_database_answers(catalog: Catalog) -> None:
-    """`check` says nothing while it does."""
+    """`check` raises nothing while the database answers."""
     catalog.check()

@@ -1,4 +1,4 @@
-"""Everything at once, on few names: whatever the order, each call ends, and as it would alone."""
+"""Threads that do everything in parallel on few names: each call ends with a result or a documented refusal."""
 
 import contextlib
 import random
@@ -26,7 +26,7 @@ REFUSALS = (Conflict, NotFound, PreconditionFailed, QuotaExceeded, Unauthenticat
 
 
 class Worker:
-    """One who does everything, on three tenants of two adapters whose versions share their blobs."""
+    """Makes random calls on three tenants of two adapters, whose versions share their blobs."""
 
     def __init__(self, database: Database, keyring: Keyring, content: Content, seed: int) -> None:
         self._catalog, self._tenants, self._garbage = Catalog(database), Tenants(database), Garbage(database)
@@ -37,7 +37,7 @@ class Worker:
         self.calls = 0
 
     def run(self) -> int:
-        """Calls, one after another; how many there were."""
+        """Makes calls one after another, and returns how many there were."""
         deadline = time.monotonic() + SECONDS
         calls = [self.publish, self.move, self.delete, self.delete_tenant, self.put, self.make_key, self.use_key]
         calls += [self.revoke_key, self.note, self.collect, self.publish, self.move]
@@ -96,7 +96,7 @@ class Worker:
 
 
 def test_everything_at_once(database: Database, keyring: Keyring, content: Content) -> None:
-    """Nothing but refusals comes of it, and no alias points at nothing, no adapter is empty."""
+    """The threads meet nothing but refusals; afterwards every alias has its version, and every adapter a version."""
     workers = [Worker(database, keyring, content, seed) for seed in range(8)]
     with ThreadPoolExecutor(len(workers)) as pool:
         counts = [future.result(60) for future in [pool.submit(worker.run) for worker in workers]]
@@ -111,7 +111,7 @@ def test_everything_at_once(database: Database, keyring: Keyring, content: Conte
 
 
 def fill(database: Database, tenant: str, blobs: list[int]) -> None:
-    """A tenant with a version for each of these blobs."""
+    """Makes a tenant with a version for each of these blobs."""
     Tenants(database).put(tenant, BY)
     with database.writing() as connection:
         owner = connection.scalar(sa.select(tenants.c.id).where(tenants.c.name == tenant))
@@ -125,7 +125,8 @@ def fill(database: Database, tenant: str, blobs: list[int]) -> None:
 
 @on_postgresql
 def test_tenants_that_share_blobs_go_at_once(database: Database) -> None:
-    """Each lets the same rows of garbage go, in the same order: nobody waits in a circle."""
+    """Tenants with the same blobs are deleted in parallel without a deadlock, since each locks the rows of garbage in
+    the same order."""
     names = [f"t{n}" for n in range(8)]
     for n, name in enumerate(names):
         fill(database, name, random.Random(n).sample(range(400), 400 - 40 * n))  # noqa: S311

@@ -1,4 +1,4 @@
-"""`catalog.database`: transactions, settings, refusals, and failures in this project's words."""
+"""`catalog.database`: transactions, settings, and the errors that a failing database becomes."""
 
 import re
 import sqlite3
@@ -27,7 +27,7 @@ from tests.postgresql import PostgreSQL
 @on_sqlite
 @pytest.mark.parametrize(("name", "value"), [("journal_mode", "truncate"), ("synchronous", 2), ("foreign_keys", 1)])
 def test_settings_are_on_in_every_connection(database: Database, name: str, value: object) -> None:
-    """Durable without WAL, and with foreign keys, also in the connections that threads open."""
+    """Every connection of every thread is durable without WAL, and enforces foreign keys."""
     barrier = threading.Barrier(4)
 
     def look() -> object:
@@ -40,7 +40,7 @@ def test_settings_are_on_in_every_connection(database: Database, name: str, valu
 
 
 def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
-    """And not overwritten."""
+    """A file that is no database is refused and not overwritten."""
     path = tmp_path / "catalog.sqlite"
     path.write_bytes(b"not a database, but quite long enough to be read as one" * 100)
     before = path.read_bytes()
@@ -50,7 +50,7 @@ def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
 
 
 def write(database: Database, *statements: str, error: Exception | None = None) -> None:
-    """One transaction, which may fail in the end."""
+    """Runs one transaction, which may fail at its end."""
     with database.writing() as connection:
         for statement in statements:
             connection.exec_driver_sql(statement)
@@ -59,7 +59,7 @@ def write(database: Database, *statements: str, error: Exception | None = None) 
 
 
 def test_a_block_that_fails_leaves_nothing(database: Database) -> None:
-    """A transaction is all or nothing, tables too."""
+    """A transaction that fails leaves nothing, not even the tables that it made."""
     with pytest.raises(KeyError):
         write(database, "INSERT INTO tenants (name) VALUES ('acme')", "CREATE TABLE t (x integer)", error=KeyError())
     with database.reading() as connection:
@@ -69,7 +69,7 @@ def test_a_block_that_fails_leaves_nothing(database: Database) -> None:
 
 @on_sqlite
 def test_writers_wait_for_each_other(database: Database) -> None:
-    """Read, then write, in one exclusive transaction: no update is lost between threads."""
+    """Threads that read and then write in one transaction lose no update."""
     with database.writing() as connection:
         connection.exec_driver_sql("CREATE TABLE counter AS SELECT 0 AS n")
 
@@ -97,7 +97,7 @@ def test_writers_wait_for_each_other(database: Database) -> None:
 def test_failures_are_told_in_this_projects_words(
     database: Database, error: sqlite3.Error, wanted: type[Exception]
 ) -> None:
-    """Without the statement and its values."""
+    """The error of a failed statement has neither the statement nor its values."""
     with pytest.raises(wanted) as caught:
         write(database, error=sa.exc.DBAPIError.instance("SELECT secret", {}, error, sqlite3.Error))
     assert "secret" not in str(caught.value)
@@ -105,7 +105,7 @@ def test_failures_are_told_in_this_projects_words(
 
 @on_sqlite
 def test_a_full_disk_is_out_of_space(database: Database) -> None:
-    """SQLite's own word for it, brought about by a limit on the file's pages."""
+    """A file that may not grow, by a limit on SQLite's pages, is OutOfSpace."""
     with pytest.raises(OutOfSpace, match="the catalog's disk is full"):
         write(database, "PRAGMA max_page_count = 1", "CREATE TABLE big AS SELECT zeroblob(10000000) AS x")
     with database.reading() as connection:
@@ -113,13 +113,13 @@ def test_a_full_disk_is_out_of_space(database: Database) -> None:
 
 
 def test_no_free_connection(database: Database) -> None:
-    """The pool's own failure is told too."""
+    """An exhausted pool of connections is StorageFailed."""
     with pytest.raises(StorageFailed, match="the catalog has no free connection"):
         write(database, error=sa.exc.TimeoutError())
 
 
 def test_a_reader_sees_one_moment(database: Database) -> None:
-    """What is committed while it reads, it does not see; on SQLite the writer waits until it has read."""
+    """A reader does not see what is committed after it began; on SQLite the writer waits for it."""
     with ThreadPoolExecutor(1) as pool:
         with database.reading() as connection:
             assert connection.scalars(sa.select(tenants.c.name)).all() == []
@@ -132,7 +132,7 @@ def test_a_reader_sees_one_moment(database: Database) -> None:
 
 
 def test_times_are_in_utc(database: Database) -> None:
-    """Those that the database notes, and its present, wherever the server stands."""
+    """The database notes times in UTC, and reports its own clock in UTC, whatever the server's time zone is."""
     write(database, "INSERT INTO tenants (name) VALUES ('acme')")
     with database.reading() as connection:
         created = connection.scalar(sa.select(tenants.c.created))
@@ -144,7 +144,7 @@ def test_times_are_in_utc(database: Database) -> None:
 
 
 def test_only_the_databases_time_is_compared() -> None:
-    """Nothing in the catalog asks this process what time it is; a stopwatch may run."""
+    """No module of the catalog reads this process's clock; monotonic clocks are allowed."""
     sources = {path: path.read_text() for path in Path(prefix_service.catalog.__path__[0]).rglob("*.py")}
     asks = re.compile(r"\b(datetime\.(utc)?now|today|time\.time|from time)\b")
     assert [path.name for path, source in sources.items() if asks.search(source)] == []
@@ -162,7 +162,7 @@ def test_only_the_databases_time_is_compared() -> None:
     ids=["tenant", "filter", "base model", "audit"],
 )
 def test_text_with_nul_is_the_callers_error(database: Database, call: Callable[[Database, str], object]) -> None:
-    """PostgreSQL cannot hold it, in a row or in a question."""
+    """Text with NUL, which PostgreSQL cannot hold, is InvalidRequest in a row and in a query."""
     with pytest.raises(InvalidRequest, match=r"the catalog cannot hold this: .* cannot contain NUL"):
         call(database, "a\0b")
 
@@ -173,16 +173,16 @@ def new(base_model: str) -> NewVersion:
 
 @on_postgresql
 def test_a_full_disk_of_the_server_is_out_of_space(database: Database) -> None:
-    """Told by its code, whatever language the server speaks."""
+    """PostgreSQL's error code for a full disk is OutOfSpace, whatever language the server speaks."""
     with pytest.raises(OutOfSpace, match="the catalog's disk is full"):
         write(database, "DO $$ BEGIN RAISE 'kein Platz' USING ERRCODE = 'disk_full'; END $$")
 
 
 @on_postgresql
 def test_a_connection_that_breaks(database: Database) -> None:
-    """Its transaction fails in this project's words and leaves nothing; the next one works."""
+    """A transaction on a broken connection is StorageFailed and leaves nothing; the next transaction works."""
     broken = ("INSERT INTO tenants (name) VALUES ('acme')", "SELECT pg_terminate_backend(pg_backend_pid())")
-    with pytest.raises(StorageFailed, match="the catalog refused: "):
+    with pytest.raises(StorageFailed, match="the catalog's server is shutting down"):
         write(database, *broken)
     Tenants(database).put("beta", BY)
     assert [tenant.name for tenant in Tenants(database).listed("", 9)] == ["beta"]
@@ -190,29 +190,32 @@ def test_a_connection_that_breaks(database: Database) -> None:
 
 @on_postgresql
 def test_a_server_that_is_away(database: Database, postgresql: PostgreSQL) -> None:
-    """StorageFailed while it is; once it is back every call works, the first one too, and keeps what was told."""
+    """Every call is StorageFailed while the server is stopped; once it is back, the first call works, and nothing is
+    lost."""
     room = Tenants(database)
     assert room.put("acme", BY)
     with ThreadPoolExecutor(4) as pool:  # several connections, all of them stale
         list(pool.map(room.require, ["acme"] * 8))
     with postgresql.away():
         for call in (room.require, lambda name: room.put(name, BY)):
-            with pytest.raises(StorageFailed, match="the catalog refused: "):
+            with pytest.raises(StorageFailed, match="the catalog cannot be reached"):
                 call("acme")
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(room.require, ["acme"] * 8))
 
 
 def test_a_server_that_is_not_there(tmp_path: Path) -> None:
-    """Opening says so, without the password."""
+    """Opening a catalog on a missing server raises an error without the password."""
+    url = f"postgresql+psycopg://someone:hunter2@/db?host={tmp_path}"
     with pytest.raises(StorageFailed) as told:
-        Database(f"postgresql+psycopg://someone:hunter2@/db?host={tmp_path}")
+        Database(url)
+    assert str(told.value).startswith("the catalog postgresql+psycopg://someone@/db cannot be used: connection ")
     assert "hunter2" not in str(told.value)
 
 
 @on_postgresql
 def test_names_are_ordered_by_their_bytes(database: Database) -> None:
-    """Though the server would sort by a language: there this order differs."""
+    """Names come in byte order, although the server's own collation differs."""
     names = ["a-c", "a.b", "a0", "a_b", "ab"]
     for name in reversed(names):
         Tenants(database).put(name, BY)

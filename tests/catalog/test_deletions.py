@@ -1,4 +1,4 @@
-"""`catalog.deletions`: what is deleted is gone at once, and its rows go a slice at a time."""
+"""`catalog.deletions`: deleted things can be found no more immediately, and their rows are removed in slices."""
 
 import subprocess
 import sys
@@ -25,7 +25,7 @@ from tests.catalog.conftest import BY, Content, Place, on_sqlite, remove_deleted
 
 
 def fill(database: Database, tenant: str, sizes: list[int]) -> None:
-    """A tenant with an adapter for each of these sizes, and as many versions of it; its totals are right."""
+    """Makes a tenant with an adapter for each of these sizes, and as many versions of it, with correct totals."""
     Tenants(database).put(tenant, BY)
     with database.writing() as connection:
         owner = connection.scalar(sa.select(schema.tenants.c.id).where(schema.tenants.c.name == tenant))
@@ -44,7 +44,7 @@ def fill(database: Database, tenant: str, sizes: list[int]) -> None:
 
 
 def rows(database: Database) -> dict[str, int]:
-    """How many each table has."""
+    """Returns how many rows each table has."""
     with database.reading() as connection:
         return {
             name: connection.scalar(sa.select(sa.func.count()).select_from(table)) or 0
@@ -55,7 +55,8 @@ def rows(database: Database) -> dict[str, int]:
 def test_a_deleted_tenant_is_gone_before_its_rows_are(
     database: Database, tenants: Tenants, catalog: Catalog, listings: Listings, keyring: Keyring, content: Content
 ) -> None:
-    """Nothing resolves, nothing is listed, no key works, and a namesake begins with nothing but the numbers."""
+    """Nothing of a deleted tenant resolves or is listed, and no key works; a namesake has nothing of it but the
+    numbers."""
     tenants.put("acme", BY, Quotas(max_bytes=1000))
     catalog.add_version("acme", "a", content("x"), BY)
     _, text = keyring.create("acme", "admin", "", BY)
@@ -83,7 +84,7 @@ def test_a_deleted_tenant_is_gone_before_its_rows_are(
 def test_a_deleted_adapter_is_gone_before_its_rows_are(
     database: Database, tenants: Tenants, catalog: Catalog, listings: Listings, content: Content
 ) -> None:
-    """And counts no more, while its namesake does."""
+    """A deleted adapter resolves no more and counts no more, while a namesake does."""
     for word in "xy":
         catalog.add_version("acme", "a", content(word), BY, make_tenant=True)
     catalog.put_alias("acme", "a", "prod", 1, BY)
@@ -103,7 +104,8 @@ def test_a_deleted_adapter_is_gone_before_its_rows_are(
     "sizes", [[SLICE + 1], [3 * SLICE], [1] * (SLICE + 2), [SLICE - 1, 1, 1], [2, 2 * SLICE, 2]], ids=str
 )
 def test_slices_are_bounded_and_leave_nothing(database: Database, sizes: list[int]) -> None:
-    """Whatever the shape: no transaction removes more than a slice, and other tenants keep what they have."""
+    """No transaction removes more than a slice, whatever was deleted; in the end nothing of it is left, and other
+    tenants keep everything."""
     fill(database, "acme", sizes)
     fill(database, "beta", [2])
     Tenants(database).delete("acme", BY)
@@ -122,7 +124,7 @@ def test_slices_are_bounded_and_leave_nothing(database: Database, sizes: list[in
 
 
 def test_many_aliases_are_removed_in_slices(database: Database, catalog: Catalog, content: Content) -> None:
-    """An adapter has as many aliases as it may have, which is more than a slice."""
+    """The most aliases that an adapter may have, more than a slice, are removed in several transactions."""
     catalog.add_version("acme", "a", content("x"), BY, make_tenant=True)
 
     with database.writing() as connection:
@@ -141,7 +143,7 @@ def test_many_aliases_are_removed_in_slices(database: Database, catalog: Catalog
 
 
 def test_the_audit_of_a_deleted_tenant_stays(database: Database, tenants: Tenants, content: Content) -> None:
-    """In slices its entries lose their owner; the platform reads them, a namesake does not."""
+    """Entries of a deleted tenant lose their owner in slices; the platform reads them, and a namesake does not."""
     tenants.put("acme", BY)
     with database.writing() as connection:
         owner = connection.scalar(sa.select(schema.tenants.c.id))
@@ -156,7 +158,7 @@ def test_the_audit_of_a_deleted_tenant_stays(database: Database, tenants: Tenant
 
 
 def test_listeners_hear_of_one_deletion(database: Database, tenants: Tenants) -> None:
-    """However many slices follow."""
+    """Listeners get one change for a deletion, however many slices remove its rows."""
     fill(database, "acme", [SLICE + 1])
     feed, heard = ChangeFeed(database), list[Change]()
     feed.listen(heard.extend)
@@ -184,7 +186,8 @@ REMOVING = textwrap.dedent(
 
 @on_sqlite
 def test_a_removal_that_was_killed_goes_on(database: Database, place: Place) -> None:
-    """Whatever slice a process was killed in, the next one finishes, and what other tenants have is whole."""
+    """After a process is killed in any slice, the next one finishes the removal, and other tenants have lost
+    nothing."""
     fill(database, "acme", [1] * 20 * SLICE)
     fill(database, "beta", [3])
     Tenants(database).delete("acme", BY)

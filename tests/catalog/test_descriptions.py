@@ -1,4 +1,4 @@
-"""`catalog.descriptions`: what stands beside versions, and what it counts."""
+"""`catalog.descriptions`: cards, annotations and fingerprints of versions, and how their bytes count."""
 
 from dataclasses import replace
 
@@ -25,7 +25,7 @@ BYTES = len("# Card é".encode()) + len("run17")
 
 @pytest.fixture
 def version(catalog: Catalog, content: Content) -> Version:
-    """A version of acme/a with the description CARD."""
+    """Returns a version of acme/a with the description CARD."""
     return catalog.add_version("acme", "a", content("x"), BY, description=CARD, make_tenant=True)[0]
 
 
@@ -37,7 +37,7 @@ def rows(database: Database) -> int:
 def test_a_version_has_the_description_that_it_was_published_with(
     catalog: Catalog, descriptions: Descriptions, version: Version, content: Content
 ) -> None:
-    """Without one it is empty."""
+    """A version has the description of its publication; one without has an empty one."""
     assert descriptions.get(version) == CARD
     bare = catalog.add_version("acme", "a", content("y"), BY)[0]
     assert descriptions.get(bare) == Description()
@@ -47,7 +47,7 @@ def test_a_version_has_the_description_that_it_was_published_with(
 def test_publishing_again_replaces_nothing(
     catalog: Catalog, descriptions: Descriptions, tenants: Tenants, version: Version, content: Content
 ) -> None:
-    """Not what is stored, nor what is counted; an empty one stays empty."""
+    """Publishing known content with another description changes neither what is stored nor what is counted."""
     used = tenants.get("acme").bytes
     again = catalog.add_version("acme", "a", content("x"), BY, description=Description("another"))
     assert again == (version, False)
@@ -55,7 +55,8 @@ def test_publishing_again_replaces_nothing(
 
 
 def test_its_bytes_count(catalog: Catalog, tenants: Tenants, descriptions: Descriptions, version: Version) -> None:
-    """Towards the tenant's bytes, with each change, until the version is deleted."""
+    """The bytes of a description count towards the tenant's bytes, also after each change, until the version is
+    deleted."""
     assert tenants.get("acme").bytes == version.nbytes + BYTES
     descriptions.change(version, BY, "card", lambda old: replace(old, card="longer than it was"))
     assert tenants.get("acme").bytes == version.nbytes + len("longer than it was") + len("run17")
@@ -68,7 +69,8 @@ def test_its_bytes_count(catalog: Catalog, tenants: Tenants, descriptions: Descr
 def test_a_quota_bounds_it(
     catalog: Catalog, tenants: Tenants, descriptions: Descriptions, version: Version, content: Content
 ) -> None:
-    """What is too long is refused and changes nothing; what becomes shorter is accepted above the quota, too."""
+    """A description that exceeds the quota is refused and changes nothing; a shorter one is accepted also above the
+    quota."""
     tenants.put("acme", BY, Quotas(max_bytes=version.nbytes + BYTES + 1))
     with pytest.raises(QuotaExceeded, match="this card takes another 2: delete versions"):
         descriptions.change(version, BY, "card", lambda old: replace(old, card=old.card + "xx"))
@@ -86,7 +88,7 @@ def test_a_quota_bounds_it(
 def test_config_file_and_fingerprint_are_stored_and_counted(
     catalog: Catalog, descriptions: Descriptions, tenants: Tenants, content: Content
 ) -> None:
-    """Any bytes of a file, which stay when something else is replaced."""
+    """A config file of any bytes is stored and counted, and stays if another part of the description is replaced."""
     whole = Description("é", {"run": "17"}, '{"architecture":"x"}', b"\xff\x00 {}")
     version = catalog.add_version("acme", "a", content("x"), BY, description=whole, make_tenant=True)[0]
     assert descriptions.get(version) == whole
@@ -97,7 +99,7 @@ def test_config_file_and_fingerprint_are_stored_and_counted(
 
 
 def test_a_change_that_is_refused_changes_nothing(descriptions: Descriptions, version: Version) -> None:
-    """What `change` raises comes out, and it saw what is stored."""
+    """`change` gets the stored description; its error is raised, and nothing is changed."""
     seen = []
 
     def refuse(current: Description) -> Description:
@@ -111,7 +113,7 @@ def test_a_change_that_is_refused_changes_nothing(descriptions: Descriptions, ve
 
 
 def test_who_has_lost_the_authority_changes_nothing(descriptions: Descriptions, version: Version) -> None:
-    """The transaction that writes looks at the key."""
+    """A change by a revoked key is refused in the transaction that writes."""
     gone = Principal("0" * 16, "acme", "write", 1)
     with pytest.raises(Unauthenticated):
         descriptions.change(version, gone, "card", lambda _: Description())
@@ -119,7 +121,8 @@ def test_who_has_lost_the_authority_changes_nothing(descriptions: Descriptions, 
 
 
 def test_changes_are_in_the_audit(descriptions: Descriptions, audit: AuditLog, version: Version) -> None:
-    """With what was changed, but not the text; what changes nothing is not there."""
+    """The audit says which part of a description was changed, without its text; a change to the same text has no
+    entry."""
     descriptions.change(version, BY, "annotations", lambda old: replace(old, annotations={"run": "18"}))
     before = audit.listed("acme", before=None, limit=9)
     assert (before[0].action, before[0].target) == ("annotations.changed", "acme/a@1")
@@ -131,7 +134,7 @@ def test_changes_are_in_the_audit(descriptions: Descriptions, audit: AuditLog, v
 def test_what_was_deleted_has_none(
     catalog: Catalog, descriptions: Descriptions, database: Database, version: Version, content: Content
 ) -> None:
-    """Nor has its namesake."""
+    """A deleted version has no description, and neither has a later version of the same name."""
     catalog.delete("acme", parse_reference("a@1"), BY)
     assert rows(database) == 0
     with pytest.raises(NotFound, match="there is no acme/a@1"):
@@ -145,7 +148,8 @@ def test_what_was_deleted_has_none(
 def test_of_a_deleted_adapter_or_tenant(
     catalog: Catalog, descriptions: Descriptions, tenants: Tenants, database: Database, version: Version
 ) -> None:
-    """It is gone immediately, and its row goes with the other rows."""
+    """The description of a deleted adapter or tenant is NotFound immediately, and its row is removed with the
+    others."""
     tenants.delete("acme", BY)
     with pytest.raises(NotFound):
         descriptions.get(version)
@@ -158,7 +162,8 @@ def test_of_a_deleted_adapter_or_tenant(
 def test_long_ones_are_removed_a_few_at_a_time(
     catalog: Catalog, database: Database, content: Content, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A transaction removes no more bytes of them than it may; then the versions go."""
+    """One transaction removes a bounded number of bytes of descriptions; the versions are removed after the last of
+    them."""
     monkeypatch.setattr(deletions, "_TEXT_BYTES", 250)
     for word in ("u", "v", "w", "x", "y"):
         described = Description(word * 100)

@@ -1,4 +1,4 @@
-"""`catalog.feed` and `catalog.remembered`: who hears of what, when, and what is relied on since."""
+"""`catalog.feed` and `catalog.remembered`: which changes listeners get, when, and what may be remembered."""
 
 import threading
 import time
@@ -33,7 +33,7 @@ def feed(database: Database) -> ChangeFeed:
 
 @pytest.fixture
 def heard(feed: ChangeFeed) -> list[str]:
-    """The kinds of changes that a listener was called with."""
+    """Returns a list that gets the kinds of changes that a listener is called with."""
     kinds: list[str] = []
     feed.listen(lambda changes: kinds.extend(change.kind for change in changes))
     return kinds
@@ -41,7 +41,7 @@ def heard(feed: ChangeFeed) -> list[str]:
 
 @pytest.fixture
 def elsewhere(place: Place) -> Iterator[Database]:
-    """The same database, opened by another process as it were."""
+    """Opens the same database once more, as another process does."""
     opened = Database(place)
     yield opened
     opened.close()
@@ -54,7 +54,7 @@ def remembered(catalog: Catalog, feed: ChangeFeed) -> RememberedVersions:
 
 @pytest.fixture(autouse=True)
 def acme(tenants: Tenants, catalog: Catalog, content: Content) -> None:
-    """A tenant with two versions of an adapter, the first behind an alias."""
+    """Makes a tenant with two versions of an adapter, the first behind an alias."""
     tenants.put("acme", BY)
     for word in "xy":
         catalog.add_version("acme", "a", content(word), BY)
@@ -62,7 +62,7 @@ def acme(tenants: Tenants, catalog: Catalog, content: Content) -> None:
 
 
 def test_own_changes_are_heard_before_the_writer_goes_on(catalog: Catalog, heard: list[str]) -> None:
-    """Nobody has to wait, and nothing is heard twice."""
+    """Listeners have a process's own change when the writing call returns, and get it once."""
     catalog.put_alias("acme", "a", "prod", 2, BY)
     assert heard == ["alias-moved"]
     catalog.put_alias("acme", "a", "dev", 2, BY)
@@ -72,7 +72,7 @@ def test_own_changes_are_heard_before_the_writer_goes_on(catalog: Catalog, heard
 def test_own_changes_need_no_read(
     feed: ChangeFeed, catalog: Catalog, heard: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A writer would wait for it behind the next commit."""
+    """A writer's own changes reach listeners without a read, which would wait behind the next commit."""
     monkeypatch.setattr(feed, "catch_up", lambda: pytest.fail("it was read"))
     catalog.put_alias("acme", "a", "prod", 2, BY)
     catalog.put_alias("acme", "a", "prod", 2, BY)  # changes nothing
@@ -83,7 +83,7 @@ def test_own_changes_need_no_read(
 def test_changes_of_others_before_ones_own_are_heard_before_them(
     catalog: Catalog, heard: list[str], elsewhere: Database
 ) -> None:
-    """Nobody has looked since; none is heard twice afterwards."""
+    """If another process wrote first, its changes reach listeners before the own one, and each comes once."""
     Tenants(elsewhere).put("beta", BY)
     catalog.put_alias("acme", "a", "prod", 2, BY)
     assert heard == ["tenant-created", "alias-moved"]
@@ -94,7 +94,8 @@ def test_changes_of_others_before_ones_own_are_heard_before_them(
 def test_a_listener_that_raises_keeps_no_other_from_hearing(
     feed: ChangeFeed, catalog: Catalog, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nor itself from hearing what comes later; each failure is logged with its traceback."""
+    """After a listener raises, the others and later changes still come, and the failure is logged with its
+    traceback."""
     kinds, failed = list[str](), list[str]()
 
     def fail(changes: Sequence[Change]) -> None:
@@ -111,7 +112,7 @@ def test_a_listener_that_raises_keeps_no_other_from_hearing(
 
 
 def test_what_was_before_is_not_heard(feed: ChangeFeed, heard: list[str]) -> None:
-    """A listener begins with what comes."""
+    """A new listener gets no earlier changes."""
     feed.catch_up()
     assert heard == []
 
@@ -119,7 +120,7 @@ def test_what_was_before_is_not_heard(feed: ChangeFeed, heard: list[str]) -> Non
 def test_changes_of_others_are_heard_within_a_moment(
     feed: ChangeFeed, heard: list[str], elsewhere: Database, content: Content
 ) -> None:
-    """Each once, in their order."""
+    """Changes of another process come soon, each once and in order."""
     with feed.followed():
         Catalog(elsewhere).add_version("acme", "b", content("z"), BY)
         Tenants(elsewhere).delete("acme", BY)
@@ -134,7 +135,7 @@ def test_changes_of_others_are_heard_within_a_moment(
 def test_a_look_that_finds_nothing_reads_nothing(
     feed: ChangeFeed, elsewhere: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Changes are read when somebody has written, and not four times a second."""
+    """The feed reads changes only if another process has written, not at each poll."""
     reads: list[float] = []
     catch_up = feed.catch_up
     monkeypatch.setattr(module, "_PAUSE", 0.02)
@@ -162,7 +163,7 @@ def test_a_glance_that_fails_is_told_and_repeated(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A database that refuses for a while is told once, and what changed meanwhile is heard afterwards."""
+    """A database that refuses for a while is logged once, and the changes of that time come afterwards."""
     monkeypatch.setattr(module, "_PAUSE", 0.02)
     with feed.followed():
         with elsewhere.writing() as connection:
@@ -183,7 +184,7 @@ def test_a_glance_that_fails_is_told_and_repeated(
 def test_many_writers_are_heard_once_each(
     feed: ChangeFeed, heard: list[str], database: Database, elsewhere: Database, secret: Path
 ) -> None:
-    """Whoever hears first, nothing is lost between two looks and nothing comes twice."""
+    """With many writers each change reaches listeners exactly once."""
     mine, theirs = Keyring(database, secret), Keyring(elsewhere, secret)
 
     def make(keyring: Keyring) -> None:
@@ -224,7 +225,7 @@ def test_a_change_is_forgotten_nowhere(
     change: str,
     own: bool,
 ) -> None:
-    """What was remembered of the adapter is looked up again; then it is what the catalog says."""
+    """After each change of an adapter its versions are looked up again, and are what the catalog has."""
     parsed = [parse_reference(reference) for reference in REFERENCES]
     for reference in parsed:
         version = remembered.resolve("acme", reference)
@@ -246,7 +247,7 @@ def test_a_change_is_forgotten_nowhere(
 def test_other_adapters_stay_remembered(
     remembered: RememberedVersions, catalog: Catalog, tenants: Tenants, content: Content
 ) -> None:
-    """A fleet does not look everything up again for each adapter that is published."""
+    """Publishing an adapter forgets nothing of others."""
     tenants.put("beta", BY)
     for tenant, adapter in (("acme", "b"), ("beta", "a")):
         catalog.add_version(tenant, adapter, content("x"), BY)
@@ -260,7 +261,7 @@ def test_other_adapters_stay_remembered(
 
 
 class _Slow(Catalog):
-    """Something happens between a look into the catalog and its end."""
+    """A catalog in which something happens between a read and its return."""
 
     meanwhile: Callable[[], object]
 
@@ -273,7 +274,7 @@ class _Slow(Catalog):
 def test_what_was_read_before_a_change_is_not_remembered_after_it(
     database: Database, feed: ChangeFeed, catalog: Catalog
 ) -> None:
-    """Or an alias would stay where it was until its next move."""
+    """A version that was read before a change is not remembered if the change comes before the read returns."""
     slow = _Slow(database)
     slow.meanwhile = lambda: catalog.put_alias("acme", "a", "prod", 2, BY)
     remembered = RememberedVersions(slow, feed)
@@ -287,7 +288,7 @@ def test_what_was_read_before_a_change_is_not_remembered_after_it(
 def test_selectors_of_an_adapter_are_bounded(
     remembered: RememberedVersions, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever asks by every number, digest and alias is forgotten by the oldest; what was asked last is there."""
+    """The selectors that are remembered of one adapter are bounded; the oldest is forgotten first."""
     monkeypatch.setattr(remembered_module, "_OF_ADAPTER", 3)
     for number in range(5):
         catalog.put_alias("acme", "a", f"alias{number}", 1, BY)
@@ -300,7 +301,7 @@ def test_selectors_of_an_adapter_are_bounded(
 def test_a_tenant_displaces_what_is_remembered_of_its_own(
     catalog: Catalog, feed: ChangeFeed, tenants: Tenants, content: Content, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One with many adapters does not make a neighbour's be looked up again."""
+    """A tenant with many adapters displaces only what is remembered of itself."""
     tenants.put("beta", BY)
     catalog.add_version("beta", "a", content("x"), BY)
     size = catalog.resolve("beta", parse_reference("a")).memory
@@ -328,7 +329,7 @@ def test_without_the_catalog_what_is_remembered_holds_for_a_while(
     elsewhere: Database,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Resident adapters are served meanwhile; after that nobody is told what may be long untrue."""
+    """While the catalog cannot be read, remembered versions are used for the stated time, and are then refused."""
     reference = parse_reference("a@prod")
     remembered.resolve("acme", reference)
     Tenants(elsewhere).put("beta", BY)
@@ -349,7 +350,7 @@ def test_without_the_catalog_what_is_remembered_holds_for_a_while(
 
 
 def test_a_listener_is_told_what_happened(feed: ChangeFeed, catalog: Catalog) -> None:
-    """Enough to take the right thing out of memory."""
+    """A listener gets the names of everything that a change concerns."""
     told: list[Change] = []
     feed.listen(told.extend)
     gone, kept = (catalog.resolve("acme", parse_reference(f"a@{number}")) for number in (2, 1))
@@ -361,7 +362,7 @@ def test_a_listener_is_told_what_happened(feed: ChangeFeed, catalog: Catalog) ->
 def test_who_was_away_reads_on_from_its_revision(
     feed: ChangeFeed, heard: list[str], elsewhere: Database, content: Content
 ) -> None:
-    """Everything since, in its order, however long ago."""
+    """A process that did not read for long gets all later changes in order."""
     others = Catalog(elsewhere)
     others.add_version("acme", "b", content("z"), BY)
     others.put_alias("acme", "b", "prod", 1, BY)
@@ -376,7 +377,7 @@ def test_who_was_away_reads_on_from_its_revision(
 def test_who_was_away_for_longer_than_changes_are_kept_forgets_everything(
     feed: ChangeFeed, remembered: RememberedVersions, elsewhere: Database, kept: int
 ) -> None:
-    """It cannot know what changed; then it reads on."""
+    """A process whose next changes are no longer kept forgets everything, and then reads on."""
     told: list[Change] = []
     feed.listen(told.extend)
     reference = parse_reference("a@prod")
@@ -401,7 +402,7 @@ def test_who_was_away_for_longer_than_changes_are_kept_forgets_everything(
 def test_who_missed_too_much_forgets_everything(
     feed: ChangeFeed, elsewhere: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It reads no more than a bounded number of changes."""
+    """A process that has missed more than a bounded number of changes forgets everything instead of reading them."""
     monkeypatch.setattr(module, "_MOST", 2)
     told: list[Change] = []
     feed.listen(told.extend)
@@ -417,7 +418,7 @@ def test_who_missed_too_much_forgets_everything(
 
 
 def test_an_older_copy_in_the_place_of_the_catalog(feed: ChangeFeed, elsewhere: Database) -> None:
-    """Its revisions mean other changes: everything is forgotten."""
+    """If an older copy replaces the catalog, its smaller revision makes the process forget everything."""
     told: list[Change] = []
     feed.listen(told.extend)
     with elsewhere.writing() as connection:

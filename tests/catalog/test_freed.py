@@ -1,5 +1,5 @@
-"""`catalog.freed`: what a tenant deleted counts until it has been collected, so versions and deleted bytes take at
-most twice the quota of the disk together."""
+"""`catalog.freed`: deleted bytes count until they are collected, so versions and deleted bytes together take at most
+twice the quota of the disk."""
 
 import pytest
 import sqlalchemy as sa
@@ -25,7 +25,7 @@ QUOTA = 2 * (BLOBS + 2)
 
 
 def version(n: int) -> NewVersion:
-    """30 bytes of blobs, and 2 of the manifest."""
+    """Returns version `n`, with 30 bytes of blobs and 2 of the manifest."""
     return NewVersion(f"d{n}", "{}", None, f"w{n}", 10, "bfloat16", f"kv{n}", 20)
 
 
@@ -34,7 +34,7 @@ def publish(catalog: Catalog, adapter: str, n: int, tenant: str = "acme") -> Ver
 
 
 def publish_and_delete(catalog: Catalog, first: int, *, whole: bool) -> int:
-    """Until it is refused, but a hundred times at most; returns how often it was not."""
+    """Publishes and deletes until a publication is refused, a hundred times at most; returns how often none was."""
     for n in range(100):
         try:
             new = publish(catalog, f"a{n}" if whole else "a", first + n)
@@ -49,7 +49,8 @@ def publish_and_delete(catalog: Catalog, first: int, *, whole: bool) -> int:
 def test_versions_and_what_was_deleted_take_twice_the_quota(
     catalog: Catalog, tenants: Tenants, garbage: Garbage, database: Database, whole: bool, is_removed: bool
 ) -> None:
-    """At most, however it is deleted, until all of it has been collected."""
+    """Versions and deleted bytes together stay within twice the quota, however versions are deleted, until the deleted
+    ones are collected."""
     tenants.put("acme", BY, Quotas(max_bytes=QUOTA))
     publish(catalog, "a", 0)
     if not whole:
@@ -72,7 +73,7 @@ def test_versions_and_what_was_deleted_take_twice_the_quota(
 
 
 def test_rooms_know_what_waits(catalog: Catalog, tenants: Tenants) -> None:
-    """Before an upload arrives, and before it is encoded."""
+    """The room that an upload gets, before it arrives and before it is encoded, has the deleted bytes."""
     tenants.put("acme", BY, Quotas(max_bytes=QUOTA))
     publish_and_delete(catalog, 0, whole=True)
     room = catalog.room("acme", "b")
@@ -85,7 +86,7 @@ def test_rooms_know_what_waits(catalog: Catalog, tenants: Tenants) -> None:
 def test_the_same_content_and_descriptions_need_no_room(
     catalog: Catalog, tenants: Tenants, descriptions: Descriptions
 ) -> None:
-    """They bring no blobs."""
+    """Known content and descriptions bring no blobs, so deleted bytes do not refuse them."""
     tenants.put("acme", BY, Quotas(max_bytes=QUOTA))
     kept = publish(catalog, "kept", 0)
     publish_and_delete(catalog, 1, whole=True)
@@ -94,13 +95,13 @@ def test_the_same_content_and_descriptions_need_no_room(
 
 
 def test_without_a_quota_there_is_no_limit(catalog: Catalog, tenants: Tenants) -> None:
-    """What was deleted is counted nevertheless: a quota may come."""
+    """Deletions of a tenant without a quota are never refused, and are counted, since a quota may come."""
     assert publish_and_delete(catalog, 0, whole=False) == 100
     assert tenants.get("acme").uncollected >= 99 * BLOBS
 
 
 def test_tenants_count_by_themselves(catalog: Catalog, tenants: Tenants, database: Database) -> None:
-    """Whoever deleted the same bytes; a tenant that is made again has deleted nothing."""
+    """Deleted bytes count for each tenant that deleted them; a tenant that was made again has deleted nothing."""
     for tenant in ("acme", "beta"):
         publish(catalog, "a", 0, tenant)
         publish(catalog, "b", 0, tenant)
@@ -117,7 +118,8 @@ def test_tenants_count_by_themselves(catalog: Catalog, tenants: Tenants, databas
 def test_an_adapter_counts_once_while_its_rows_are_removed(
     catalog: Catalog, tenants: Tenants, database: Database
 ) -> None:
-    """Slice by slice: what has been removed counts as deleted bytes, the rest as a deleted adapter."""
+    """While slices remove a deleted adapter, removed versions count as deleted bytes, and the others by the adapter's
+    total."""
     publish(catalog, "a", 0)
     more = 2 * SLICE
     with database.writing() as connection:
@@ -138,11 +140,22 @@ def test_an_adapter_counts_once_while_its_rows_are_removed(
 
 
 def test_bytes_of_a_version_that_did_not_come_into_being(catalog: Catalog, tenants: Tenants) -> None:
-    """Count, unless its content is known after all; without a tenant they are nobody's."""
+    """Abandoned bytes count for their tenant, unless their content is known after all."""
     publish(catalog, "a", 0)
-    catalog.abandon("acme", "a", "d0", BLOBS)
+    acme = tenants.require("acme")
+    catalog.abandon(acme, "a", "d0", BLOBS)
     assert tenants.get("acme").uncollected == 0
-    catalog.abandon("acme", "a", "d1", BLOBS)
-    catalog.abandon("acme", "b", "d0", BLOBS)
-    catalog.abandon("ghost", "a", "d0", BLOBS)
+    catalog.abandon(acme, "a", "d1", BLOBS)
+    catalog.abandon(acme, "b", "d0", BLOBS)
     assert tenants.get("acme").uncollected == 2 * BLOBS
+
+
+def test_a_tenant_that_was_made_again_has_abandoned_nothing(catalog: Catalog, tenants: Tenants) -> None:
+    """Bytes that its namesake stored before it was deleted count for nobody."""
+    tenants.put("acme", BY)
+    gone = tenants.require("acme")
+    tenants.delete("acme", BY)
+    catalog.abandon(gone, "a", "d0", BLOBS)
+    tenants.put("acme", BY)
+    catalog.abandon(gone, "a", "d1", BLOBS)
+    assert tenants.get("acme").uncollected == 0

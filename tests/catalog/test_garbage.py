@@ -1,4 +1,4 @@
-"""`catalog.garbage`: a blob stays while a version names it, and for the grace period after."""
+"""`catalog.garbage`: a blob is wanted while a version names it, and for the grace period afterwards."""
 
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -22,7 +22,7 @@ BLOBS = {"w1", "kv1", "w2", "kv2"}
 
 
 def version(n: int, weights: int | None = None) -> NewVersion:
-    """Version `n`, whose weights may be another one's."""
+    """Returns version `n`, whose weights may be those of another one."""
     return NewVersion(f"d{n}", "{}", None, f"w{weights or n}", 10, "bfloat16", f"kv{n}", 20)
 
 
@@ -36,7 +36,7 @@ def delete(catalog: Catalog, tenant: str, reference: str) -> None:
 
 
 def age(database: Database, seconds: float) -> None:
-    """As if everything had been let go so long ago, by the database's time."""
+    """Moves the moments of all deletions back, by the database's time."""
     with database.writing() as connection:
         connection.execute(sa.update(let_go).values(since=now(connection) - timedelta(seconds=seconds)))
 
@@ -47,7 +47,7 @@ def held(database: Database) -> set[str]:
 
 
 def test_what_a_version_names_is_wanted(catalog: Catalog, garbage: Garbage) -> None:
-    """Weights, and keys and values; what nobody ever named is not."""
+    """The weights and the keys and values of versions are wanted; other digests are not."""
     publish(catalog, "acme", "a", version(1))
     assert garbage.wanted(BLOBS, 0) == {"w1", "kv1"}
     assert garbage.wanted([], 0) == set()
@@ -57,7 +57,7 @@ def test_what_a_version_names_is_wanted(catalog: Catalog, garbage: Garbage) -> N
 def test_what_was_let_go_is_wanted_for_a_while(
     catalog: Catalog, tenants: Tenants, garbage: Garbage, database: Database, reference: str | None
 ) -> None:
-    """However it went: with its version, its adapter or its tenant."""
+    """Blobs of a deleted version, adapter or tenant are wanted for the grace period."""
     publish(catalog, "acme", "a", version(1))
     if reference is None:
         tenants.delete("acme", BY)
@@ -75,7 +75,8 @@ def test_what_was_let_go_is_wanted_for_a_while(
 def test_what_another_version_names_stays(
     catalog: Catalog, garbage: Garbage, database: Database, tenant: str, adapter: str
 ) -> None:
-    """Of another adapter, or another tenant, however long ago it was let go."""
+    """A blob that another version names is wanted, also one of another tenant, however long ago the first was
+    deleted."""
     publish(catalog, "acme", "a", version(1))
     publish(catalog, tenant, adapter, version(2, weights=1))
     delete(catalog, "acme", "a")
@@ -84,7 +85,7 @@ def test_what_another_version_names_stays(
 
 
 def test_the_grace_begins_anew(catalog: Catalog, garbage: Garbage, database: Database) -> None:
-    """With each deletion."""
+    """Each deletion begins a new grace period of its blobs."""
     for adapter in "ab":
         publish(catalog, "acme", adapter, version(1))
     delete(catalog, "acme", "a")
@@ -94,7 +95,7 @@ def test_the_grace_begins_anew(catalog: Catalog, garbage: Garbage, database: Dat
 
 
 def test_a_deletion_that_is_refused_lets_nothing_go(catalog: Catalog, database: Database) -> None:
-    """The note is of its transaction."""
+    """A deletion that is rolled back notes no blobs."""
     publish(catalog, "acme", "a", version(1))
     catalog.put_alias("acme", "a", "prod", 1, BY)
     with pytest.raises(Conflict):
@@ -103,7 +104,7 @@ def test_a_deletion_that_is_refused_lets_nothing_go(catalog: Catalog, database: 
 
 
 def test_other_versions_are_not_let_go(catalog: Catalog, tenants: Tenants, database: Database) -> None:
-    """A deletion notes the blobs of what it deletes."""
+    """A deletion notes only the blobs of what it deletes."""
     for n in (1, 2):
         publish(catalog, "acme", "a", version(n))
     publish(catalog, "beta", "a", version(3))
@@ -115,7 +116,7 @@ def test_other_versions_are_not_let_go(catalog: Catalog, tenants: Tenants, datab
 
 
 def test_what_was_let_go_long_ago_is_forgotten(catalog: Catalog, garbage: Garbage, database: Database) -> None:
-    """What was let go lately is not."""
+    """Notes that are older than the grace period are removed, and younger ones stay."""
     publish(catalog, "acme", "a", version(1))
     delete(catalog, "acme", "a")
     garbage.forget(garbage.expired(GRACE))
@@ -129,7 +130,7 @@ def test_what_was_let_go_long_ago_is_forgotten(catalog: Catalog, garbage: Garbag
 
 @on_postgresql
 def test_what_is_being_let_go_again_is_not_forgotten(catalog: Catalog, garbage: Garbage, database: Database) -> None:
-    """Forgetting passes over what another transaction holds, and does not wait for it."""
+    """Forgetting skips rows that another transaction has locked, and does not wait for them."""
     publish(catalog, "acme", "a", version(1))
     delete(catalog, "acme", "a")
     again = sa.update(let_go).values(since=sa.func.now()).where(let_go.c.digest == "w1")
@@ -140,7 +141,7 @@ def test_what_is_being_let_go_again_is_not_forgotten(catalog: Catalog, garbage: 
 
 
 def test_keys_and_values_that_were_made_anew(catalog: Catalog, garbage: Garbage) -> None:
-    """Their version names the new blob alone."""
+    """After keys and values were made again, their version names the new blob alone."""
     publish(catalog, "acme", "a", version(1))
     catalog.replace_key_values(catalog.resolve("acme", parse_reference("a")), "kv2")
     assert garbage.wanted(BLOBS, GRACE) == {"w1", "kv2"}
@@ -148,7 +149,7 @@ def test_keys_and_values_that_were_made_anew(catalog: Catalog, garbage: Garbage)
 
 @pytest.mark.parametrize("count", [0, 1, 1000, 1001])
 def test_every_version_is_named_once(catalog: Catalog, garbage: Garbage, database: Database, count: int) -> None:
-    """Page for page, a whole page too."""
+    """`named` yields every version once, also if the last page is full."""
     publish(catalog, "acme", "a", version(0))
     publish(catalog, "beta", "a", version(0))
     with database.writing() as connection:

@@ -1,4 +1,4 @@
-"""`catalog.keys`: made once, stored as a keyed hash, verified, expired, revoked."""
+"""`catalog.keys`: keys are made once, stored as a keyed hash, verified, expired and revoked."""
 
 import stat
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +21,7 @@ from tests.catalog.conftest import BY
 
 @pytest.fixture(autouse=True)
 def acme(tenants: Tenants) -> None:
-    """A tenant for every test."""
+    """Makes a tenant for every test."""
     assert tenants.put("acme", BY)
 
 
@@ -33,7 +33,7 @@ def soon(**distance: float) -> datetime:
     ("tenant", "scope"), [*(("acme", scope) for scope in SCOPES[1:]), *((None, scope) for scope in SCOPES)]
 )
 def test_a_key_says_whose_it_is(keyring: Keyring, tenants: Tenants, tenant: str | None, scope: Scope) -> None:
-    """Its text alone; its record has everything else."""
+    """A new key's text is returned once, and its record has its owner, scope and name."""
     key, text = keyring.create(tenant, scope, "ci", BY)
     owner = None if tenant is None else tenants.require(tenant)
     assert keyring.verify(text) == Principal(key.id, tenant, scope, owner)
@@ -41,13 +41,13 @@ def test_a_key_says_whose_it_is(keyring: Keyring, tenants: Tenants, tenant: str 
 
 
 def test_no_two_keys_are_alike(keyring: Keyring) -> None:
-    """Nor can one be guessed from another: 24 random bytes each."""
+    """Keys have different ids and different random parts of 24 bytes."""
     texts = [keyring.create("acme", "read", "", BY)[1] for _ in range(20)]
     assert len({text[20:68] for text in texts}) == len(set(texts)) == 20
 
 
 def test_only_a_keyed_hash_is_stored(keyring: Keyring, database: Database, secret: Path) -> None:
-    """The random part of the text is in no table; another secret verifies nothing."""
+    """The random part of a key is in no table, and with another secret no key is valid."""
     key, text = keyring.create("acme", "read", "", BY)
     with database.reading() as connection:
         rows = [tuple(row) for table in metadata.sorted_tables for row in connection.execute(sa.select(table))]
@@ -64,7 +64,7 @@ def altered(text: str, at: int) -> str:
 
 @pytest.mark.parametrize("at", [0, 4, 19, 20, 67, 69, 76])
 def test_an_altered_key_is_nobodys(keyring: Keyring, at: int) -> None:
-    """Wherever a character was changed."""
+    """A key with any character changed is Unauthenticated."""
     _, text = keyring.create("acme", "read", "", BY)
     with pytest.raises(Unauthenticated, match="malformed"):
         keyring.verify(altered(text, at))
@@ -74,13 +74,13 @@ def test_an_altered_key_is_nobodys(keyring: Keyring, at: int) -> None:
     "text", ["", "pfx_", "Bearer x", "pfx_" + "0" * 16 + "_" + "0" * 48 + "_00000000", "\u0661" * 77]
 )
 def test_what_does_not_look_like_a_key_is_refused(keyring: Keyring, text: str) -> None:
-    """Before the database is asked."""
+    """A text that is no key is refused without a query."""
     with pytest.raises(Unauthenticated, match="malformed"):
         keyring.verify(text)
 
 
 def test_a_well_formed_key_that_was_never_made(keyring: Keyring, database: Database) -> None:
-    """Its checksum is right, and it is unknown."""
+    """A key with the right checksum that was never made is Unauthenticated."""
     key, text = keyring.create("acme", "read", "", BY)
     with database.writing() as connection:
         connection.execute(sa.delete(keys).where(keys.c.id == key.id))
@@ -89,7 +89,7 @@ def test_a_well_formed_key_that_was_never_made(keyring: Keyring, database: Datab
 
 
 def test_metrics_are_the_platforms(keyring: Keyring) -> None:
-    """They are of all tenants, so no tenant has a key for them."""
+    """A tenant cannot have a key of scope metrics, since metrics are of all tenants."""
     with pytest.raises(InvalidRequest, match="scope metrics belongs to the platform"):
         keyring.create("acme", "metrics", "", BY)
     assert keyring.listed("acme") == []
@@ -99,19 +99,19 @@ ZONES = [UTC, timezone(timedelta(hours=9)), timezone(timedelta(hours=-9)), None]
 
 
 def in_zone(moment: datetime, zone: timezone | None) -> datetime:
-    """The moment as it is said there; without a zone in UTC."""
+    """Returns a moment as it is written in a time zone, or in UTC without one."""
     return moment.astimezone(zone) if zone else moment.astimezone(UTC).replace(tzinfo=None)
 
 
 def set_end(database: Database, key_id: str, moment: datetime) -> None:
-    """Move a key's end, to the past too, as if time had passed."""
+    """Moves a key's end, also into the past."""
     with database.writing() as connection:
         connection.execute(sa.update(keys).where(keys.c.id == key_id).values(expires=in_zone(moment, None)))
 
 
 @pytest.mark.parametrize("zone", ZONES)
 def test_a_key_lives_until_it_expires(keyring: Keyring, database: Database, zone: timezone | None) -> None:
-    """In whatever time zone that was said; without one it is UTC."""
+    """A key's end is a moment in any time zone, UTC without one; the key is valid until then."""
     moment = soon(seconds=60)
     key, text = keyring.create("acme", "read", "", BY, in_zone(moment, zone))
     assert key.expires == moment.replace(tzinfo=None)
@@ -124,7 +124,7 @@ def test_a_key_lives_until_it_expires(keyring: Keyring, database: Database, zone
 @pytest.mark.parametrize("zone", ZONES)
 @pytest.mark.parametrize("ago", [1, 86_400])
 def test_a_key_does_not_begin_with_its_end(keyring: Keyring, zone: timezone | None, ago: int) -> None:
-    """An end in the past is refused, for a new key and for one that there is."""
+    """An end in the past is refused for a new key and for an existing one."""
     with pytest.raises(InvalidRequest, match=r"is in the past, it is .*Z now"):
         keyring.create("acme", "read", "", BY, in_zone(soon(seconds=-ago), zone))
     assert keyring.listed("acme") == []
@@ -137,7 +137,7 @@ def test_a_key_does_not_begin_with_its_end(keyring: Keyring, zone: timezone | No
 
 @pytest.mark.parametrize("moment", ["9999-12-31T23:59:59-14:00", "0001-01-01T00:00:00+14:00"])
 def test_an_end_beyond_the_calendar(keyring: Keyring, moment: str) -> None:
-    """A moment that is no date in UTC is refused in words."""
+    """An end that is no date in UTC is InvalidRequest."""
     key, _ = keyring.create("acme", "read", "", BY)
     for call in (
         lambda end: keyring.create("acme", "read", "", BY, end),
@@ -149,7 +149,7 @@ def test_an_end_beyond_the_calendar(keyring: Keyring, moment: str) -> None:
 
 @pytest.mark.parametrize("owner", ["acme", None])
 def test_an_end_moves_to_an_earlier_moment_alone(keyring: Keyring, database: Database, owner: str | None) -> None:
-    """A key without one gets one; the same again changes nothing; a later one is refused."""
+    """A key without an end gets one; the same end changes nothing; a later one is refused."""
     key, text = keyring.create(owner, "read", "ci", BY)
     other, _ = keyring.create(owner, "read", "", BY)
     day, week = soon(days=1), soon(weeks=1)
@@ -173,7 +173,7 @@ def test_an_end_moves_to_an_earlier_moment_alone(keyring: Keyring, database: Dat
 
 
 def test_a_key_that_has_expired_stays_so(keyring: Keyring, database: Database) -> None:
-    """Its end does not come back to the future."""
+    """The end of an expired key cannot be moved."""
     key, text = keyring.create("acme", "read", "", BY)
     set_end(database, key.id, soon(seconds=-60))
     with pytest.raises(Conflict):
@@ -184,13 +184,13 @@ def test_a_key_that_has_expired_stays_so(keyring: Keyring, database: Database) -
 
 @pytest.mark.parametrize("owner", ["acme", None])
 def test_a_key_may_end_itself(keyring: Keyring, owner: str | None) -> None:
-    """Its row is held by the transaction that proves it."""
+    """A key can give itself an end, although its transaction holds the key's row."""
     by = keyring.verify(keyring.create(owner, "admin", "", BY)[1])
     assert keyring.shorten(owner, by.key_id, soon(days=1), by).expires is not None
 
 
 def test_a_revoked_key_is_nobodys(keyring: Keyring) -> None:
-    """At once."""
+    """A revoked key is Unauthenticated immediately."""
     key, text = keyring.create("acme", "read", "", BY)
     keyring.revoke("acme", key.id, BY)
     with pytest.raises(Unauthenticated):
@@ -201,8 +201,7 @@ def test_a_revoked_key_is_nobodys(keyring: Keyring) -> None:
 
 @pytest.mark.parametrize(("owner", "other"), [("acme", "beta"), ("acme", None), (None, "acme"), (None, "ghost")])
 def test_a_key_is_its_owners_alone(keyring: Keyring, tenants: Tenants, owner: str | None, other: str | None) -> None:
-    """It is not seen, ended or revoked by another tenant, by one that does not exist, and a platform's not by a
-    tenant."""
+    """A key cannot be ended or revoked by another or a missing tenant, and a platform's key not by a tenant."""
     tenants.put("beta", BY)
     key, text = keyring.create(owner, "read", "", BY)
     words = "there is no tenant 'ghost'" if other == "ghost" else "has no key"
@@ -218,7 +217,7 @@ def test_a_key_is_its_owners_alone(keyring: Keyring, tenants: Tenants, owner: st
 
 
 def test_a_listing_has_the_owners_keys(keyring: Keyring, tenants: Tenants) -> None:
-    """Oldest first, and nobody else's."""
+    """A listing has the owner's keys alone, the oldest first."""
     tenants.put("beta", BY)
     made = [keyring.create(tenant, "read", str(n), BY)[0] for n, tenant in enumerate(("acme", None, "beta", "acme"))]
     assert {key.name for key in keyring.listed("acme")} == {"0", "3"}
@@ -229,7 +228,7 @@ def test_a_listing_has_the_owners_keys(keyring: Keyring, tenants: Tenants) -> No
 
 
 def test_listings_come_in_pages(keyring: Keyring, tenants: Tenants) -> None:
-    """Of keys that were made in the same second too."""
+    """Pages have each key once, also keys that were made in the same second."""
     tenants.put("acme", BY)
     made = [keyring.create("acme", "read", str(n), BY)[0] for n in range(7)]
     found, after = [], None
@@ -244,7 +243,7 @@ def test_listings_come_in_pages(keyring: Keyring, tenants: Tenants) -> None:
 def test_an_owner_has_so_many_keys_and_no_more(
     keyring: Keyring, monkeypatch: pytest.MonkeyPatch, owner: str | None
 ) -> None:
-    """Each process knows a bounded number of keys, which one owner must not fill; a revoked key makes room."""
+    """An owner can have a bounded number of keys, and revoking one makes room for another."""
     monkeypatch.setattr(module, "MOST_KEYS", 2)
     first, _ = keyring.create(owner, "read", "", BY)
     keyring.create(owner, "read", "", BY)
@@ -256,33 +255,34 @@ def test_an_owner_has_so_many_keys_and_no_more(
 
 
 def test_a_key_needs_its_tenant(keyring: Keyring) -> None:
-    """A key of nobody would be the platform's."""
+    """A key for a missing tenant is refused, since a key without a tenant is the platform's."""
     with pytest.raises(NotFound, match="there is no tenant 'ghost'"):
         keyring.create("ghost", "read", "", BY)
 
 
 def test_the_last_use_is_noted_once_a_minute(keyring: Keyring) -> None:
-    """Whichever process notes it; a key that has been revoked is not missed."""
+    """The last use of a key is noted once a minute, by whichever process; a revoked key is passed over."""
     key, _ = keyring.create("acme", "read", "", BY)
     other, _ = keyring.create("acme", "read", "", BY)
-    moment = datetime(2026, 1, 1)  # noqa: DTZ001 - as the catalog has it
 
     def last_used() -> datetime | None:
         return next(found.last_used for found in keyring.listed("acme") if found.id == key.id)
 
-    keyring.note_uses({key.id: moment, other.id: moment, "0" * 16: moment})
-    assert last_used() == moment
-    for seconds, changes in ((30, False), (60, True)):
-        later = moment + timedelta(seconds=seconds)
-        keyring.note_uses({key.id: later})
-        assert (last_used() == later) == changes
+    keyring.note_uses({key.id: 7200, other.id: 7200, "0" * 16: 7200})
+    first = last_used()
+    assert first is not None
+    keyring.note_uses({key.id: 7200 - 30})
+    assert last_used() == first
+    keyring.note_uses({key.id: 7200 - 90})
+    later = last_used()
+    assert later is not None
+    assert timedelta(seconds=80) < later - first < timedelta(seconds=150)
 
 
 def test_the_keys_that_were_used_last_come_last(keyring: Keyring) -> None:
-    """A key that was never used counts from when it was made."""
+    """Keys come by their last use; one that was never used counts from when it was made."""
     ids = [keyring.create("acme", "read", "", BY)[0].id for _ in range(3)]
-    now = datetime.now(UTC).replace(tzinfo=None)
-    keyring.note_uses({ids[1]: now + timedelta(hours=1), ids[2]: now - timedelta(hours=1)})
+    keyring.note_uses({ids[1]: -3600, ids[2]: 3600})
     assert keyring.latest_ids(9) == [ids[2], ids[0], ids[1]]
     assert keyring.latest_ids(2) == [ids[0], ids[1]]
 
@@ -297,17 +297,17 @@ def test_the_keys_that_were_used_last_come_last(keyring: Keyring) -> None:
     ],
 )
 def test_a_scope_holds_the_smaller_ones(scope: Scope, holds: set[str]) -> None:
-    """metrics, read, write, admin."""
+    """A scope includes the smaller ones, in the order metrics, read, write, admin."""
     assert {wanted for wanted in SCOPES if Principal("id", None, scope).has(wanted)} == holds
 
 
 def test_a_tenants_key_sees_its_tenant_alone() -> None:
-    """The platform's sees all."""
+    """A tenant's key sees that tenant alone, and the platform's sees all."""
     assert [Principal("id", owner, "admin").may_see("acme") for owner in ("acme", "beta", None)] == [True, False, True]
 
 
 def test_the_secret_is_made_once_and_is_private(database: Database, secret: Path) -> None:
-    """Mode 0600, 32 random bytes, and it stays."""
+    """The secret is 32 random bytes in a file of mode 0600, and stays the same."""
     Keyring(database, secret)
     made = secret.read_text()
     Keyring(database, secret)
@@ -317,7 +317,7 @@ def test_the_secret_is_made_once_and_is_private(database: Database, secret: Path
 
 
 def test_two_who_start_at_once_agree_on_the_secret(database: Database, secret: Path) -> None:
-    """Each verifies the other's keys, and no half-written file is left."""
+    """Two processes that start in parallel have one secret, and leave no half-written file."""
     with ThreadPoolExecutor(8) as pool:
         rings = [future.result() for future in [pool.submit(Keyring, database, secret) for _ in range(8)]]
     _, text = rings[0].create("acme", "read", "", BY)
@@ -327,7 +327,7 @@ def test_two_who_start_at_once_agree_on_the_secret(database: Database, secret: P
 
 @pytest.mark.parametrize("content", [b"", b"short", b" " * 40])
 def test_a_secret_that_is_unusable_is_refused(database: Database, secret: Path, content: bytes) -> None:
-    """With what to do: an empty secret would make every hash a public one."""
+    """A secret that is empty or too short is refused, and the message says what to do."""
     secret.parent.mkdir()
     secret.write_bytes(content)
     with pytest.raises(StorageFailed, match=r"key\.secret is shorter than 32 bytes: restore it"):
@@ -335,7 +335,7 @@ def test_a_secret_that_is_unusable_is_refused(database: Database, secret: Path, 
 
 
 def test_a_secret_may_be_any_bytes(database: Database, secret: Path) -> None:
-    """Whoever brings one need not write it in hex."""
+    """A secret that an operator brings may be any bytes, not only hex digits."""
     secret.parent.mkdir()
     secret.write_bytes(b"\xff\x00" * 16)
     _, text = Keyring(database, secret).create(None, "read", "", BY)
@@ -343,7 +343,7 @@ def test_a_secret_may_be_any_bytes(database: Database, secret: Path) -> None:
 
 
 def test_a_secret_that_cannot_be_made(database: Database, tmp_path: Path) -> None:
-    """In words, without a traceback."""
+    """A secret that cannot be written is an error of this project."""
     (tmp_path / "file").touch()
     with pytest.raises(StorageFailed, match=r"cannot make the keys' secret key\.secret"):
         Keyring(database, tmp_path / "file" / "key.secret")

@@ -1,4 +1,4 @@
-"""`catalog.migrations`: the schema is what the code expects, older catalogs come along, newer ones stay."""
+"""`catalog.migrations`: migrations make the schema that the code expects, and newer catalogs are refused."""
 
 import json
 import multiprocessing
@@ -46,7 +46,7 @@ FOLDER_0002 = FOLDER_0001.with_name("folder-0002")
 
 
 def plain(place: Place) -> sa.Engine:
-    """The database without what this project makes of it."""
+    """Opens the database with SQLAlchemy alone, without this project's settings."""
     return sa.create_engine(f"sqlite+pysqlite:///{place}" if isinstance(place, Path) else place)
 
 
@@ -59,7 +59,7 @@ def execute(place: Place, *statements: str) -> None:
 
 
 def contents(place: Place) -> dict[str, list[tuple[object, ...]]]:
-    """Every table that there is, and its rows."""
+    """Returns every table with its rows."""
     engine = plain(place)
     with engine.connect() as connection:
         tables = sa.MetaData()
@@ -73,10 +73,8 @@ def contents(place: Place) -> dict[str, list[tuple[object, ...]]]:
 
 
 def differences(connection: sa.Connection) -> list[Any]:
-    """What the migrations made and the code does not expect, or the other way round.
-
-    SQLite does not tell the directions of an index's columns: `test_plans` holds that one.
-    """
+    """Returns the differences between the tables that migrations made and those of the code. SQLite does not report the
+    directions of an index's columns: `test_plans` checks that one."""
     unread = "ix_adapters_tenant_id_used_name" if connection.dialect.name == "sqlite" else None
     chosen = {"include_object": lambda _object, name, *_: name != unread}
     return list(compare_metadata(MigrationContext.configure(connection, opts=chosen), metadata))
@@ -84,7 +82,8 @@ def differences(connection: sa.Connection) -> list[Any]:
 
 @pytest.fixture
 def old(place: Place, tmp_path: Path) -> Place:
-    """The old release's catalog; on PostgreSQL the same rows, in the tables that its migration makes."""
+    """Yields the catalog of an old release; on PostgreSQL its rows, in the tables that the migration of that release
+    makes."""
     shutil.copy(FOLDER_0001 / "catalog.sqlite", tmp_path / "old.sqlite")
     if isinstance(place, Path):
         return tmp_path / "old.sqlite"
@@ -111,13 +110,14 @@ def _copy(source: Path, target: Place) -> None:
 
 
 def test_migrations_make_the_schema(database: Database) -> None:
-    """What the migrations made and what the code expects are one."""
+    """The tables that migrations make are the tables of the code."""
     with database.reading() as connection:
         assert differences(connection) == []
 
 
 def test_a_migration_is_named_after_its_revision() -> None:
-    """The file's name tells whether a catalog is up to date, before Alembic is imported; the last one is the newest."""
+    """The names of the files are their revisions, so that a catalog is known to be current before Alembic is
+    imported."""
     config = Config()
     config.set_main_option("script_location", str(Path(migrations.__path__[0])))
     found = [
@@ -128,7 +128,7 @@ def test_a_migration_is_named_after_its_revision() -> None:
 
 
 def test_alembic_is_imported_by_who_migrates_alone(tmp_path: Path) -> None:
-    """A start on a catalog that is up to date does not wait for it."""
+    """Opening a current catalog does not import Alembic."""
     Database(tmp_path / "catalog.sqlite").close()
     opening = (
         "import sys; from pathlib import Path; from prefix_service.catalog.database import Database; "
@@ -139,7 +139,8 @@ def test_alembic_is_imported_by_who_migrates_alone(tmp_path: Path) -> None:
 
 
 def test_constraints_have_their_names(database: Database) -> None:
-    """compare_metadata does not look at these; a later migration needs them to be as the naming convention says."""
+    """Constraints are named by the naming convention, which later migrations need and compare_metadata does not
+    check."""
 
     def names(connection: sa.Connection) -> dict[str, set[str | None]]:
         look = sa.inspect(connection)
@@ -157,7 +158,7 @@ def test_constraints_have_their_names(database: Database) -> None:
 
 
 def test_opening_again_keeps_everything(place: Place) -> None:
-    """Migrating a migrated database changes nothing."""
+    """Opening a migrated database again changes nothing."""
     first = Database(place)
     Tenants(first).put("acme", BY)
     first.close()
@@ -174,7 +175,7 @@ def migrated(old: Place) -> Iterator[Database]:
 
 
 def test_an_older_catalog_comes_along(migrated: Database) -> None:
-    """Every version with its digests, every alias, and every key."""
+    """A migrated catalog has every version with its digests, every alias and every key."""
     told = json.loads((FOLDER_0001 / "told.json").read_text())
     with migrated.reading() as connection:
         assert differences(connection) == []
@@ -188,7 +189,7 @@ def test_an_older_catalog_comes_along(migrated: Database) -> None:
 
 
 def test_an_older_catalog_goes_on(migrated: Database, content: Content) -> None:
-    """Numbers count on, the same content is the same version, usage counts what was there."""
+    """In a migrated catalog numbers go on counting, known content is the same version, and usage counts it."""
     catalog, tenants = Catalog(migrated), Tenants(migrated)
     known = catalog.resolve(*parse_qualified("acme/summarize@1"))
     assert catalog.find("acme", "summarize", known.digest, known.nbytes, BY) == known
@@ -202,7 +203,8 @@ def test_an_older_catalog_goes_on(migrated: Database, content: Content) -> None:
 
 
 def test_where_aliases_pointed_comes_from_the_audit(place: Place, content: Content) -> None:
-    """Of the latest move alone: an alias that was made again, and a tenant of a name that another had, have no past."""
+    """The previous version of an alias comes from its latest move in the audit; an alias or a tenant that was made
+    again has none."""
     database = Database(place)
     catalog, tenants = Catalog(database), Tenants(database)
     for tenant in ("acme", "again"):
@@ -242,7 +244,7 @@ def _script(revision: str) -> Script:
 
 
 def test_an_older_catalog_gets_an_id_and_a_first_revision(migrated: Database, old: Place, content: Content) -> None:
-    """Once: it keeps them when it is opened again, and nobody follows what was before."""
+    """Migration gives a catalog an id and its first revision, which it keeps when it is opened again."""
     with migrated.reading() as connection:
         found = catalog_id(connection)
         assert re.fullmatch(r"[0-9a-f]{32}", found)
@@ -259,7 +261,8 @@ def test_an_older_catalog_gets_an_id_and_a_first_revision(migrated: Database, ol
 
 @on_sqlite
 def test_totals_are_counted_from_what_was_there(place: Place, tmp_path: Path) -> None:
-    """Of a folder with several tenants: bytes of weights, keys, values and manifests; nobody is deleted."""
+    """Migration counts the bytes of weights, keys, values and manifests of a folder with several tenants, and marks
+    nothing as deleted."""
     shutil.copy(FOLDER_0002 / "catalog.sqlite", tmp_path / "older.sqlite")
     migrated = Database(tmp_path / "older.sqlite")
     tenants, listings = Tenants(migrated), Listings(migrated)
@@ -279,7 +282,7 @@ def test_totals_are_counted_from_what_was_there(place: Place, tmp_path: Path) ->
 
 
 def at_revision(place: Place, revision: str) -> None:
-    """Make the tables that an older release left, in an empty database."""
+    """Makes the tables that an older release left, in an empty database."""
     engine = plain(place)
     with engine.begin() as connection:
         config = Config(attributes={"connection": connection})
@@ -289,8 +292,8 @@ def at_revision(place: Place, revision: str) -> None:
 
 
 def test_0005_counts_uses_and_names_keys(place: Place) -> None:
-    """Uses come from the hours that are kept, the names of keys from keys and from the making of those revoked since;
-    descriptions stay what they were."""
+    """Migration 0005 counts uses from the hours that are kept, names keys by the keys and the audit, and keeps
+    descriptions."""
     if isinstance(place, str):
         execute(place, "DROP SCHEMA public CASCADE", "CREATE SCHEMA public")
     at_revision(place, "0004")
@@ -322,7 +325,7 @@ def test_0005_counts_uses_and_names_keys(place: Place) -> None:
 
 
 def test_a_newer_database_is_refused(place: Place) -> None:
-    """Going back is refused in words that say what to do, without a password, and the catalog is left as it was."""
+    """A newer catalog is refused and left as it was; the message says what to do, without a password."""
     Database(place).close()
     execute(place, "UPDATE alembic_version SET version_num = '9999'")
     before = contents(place)
@@ -338,13 +341,13 @@ def test_a_newer_database_is_refused(place: Place) -> None:
 
 
 @pytest.mark.parametrize(
-    "obstacle", ["garbage", "audit", "descriptions", "usage", "catalog", "changes", "freed", "sessions"]
+    "obstacle", ["garbage", "audit", "descriptions", "usage", "catalog", "changes", "freed", "sessions", "replicas"]
 )
 def test_a_migration_that_fails_changes_nothing(old: Place, obstacle: str) -> None:
-    """Tables are made in the same transaction, on SQLite too; with the obstacle gone it migrates."""
+    """A migration that fails leaves nothing, on SQLite too; once the obstacle is gone it succeeds."""
     execute(old, f"CREATE TABLE {obstacle} (x integer primary key)")
     before = contents(old)
-    with pytest.raises(StorageFailed, match="the catalog refused"):
+    with pytest.raises(StorageFailed, match=f'the catalog (refused|.* cannot be used: relation "{obstacle}")'):
         Database(old)
     assert contents(old) == before
     execute(old, f"DROP TABLE {obstacle}")
@@ -353,7 +356,7 @@ def test_a_migration_that_fails_changes_nothing(old: Place, obstacle: str) -> No
 
 
 def migrate(place: Place, barrier: Barrier) -> None:
-    """What a process does that starts."""
+    """Opens the catalog, as a process that starts does."""
     barrier.wait(60)
     Database(place).close()
 
@@ -367,13 +370,13 @@ def migrate_at_once(place: Place) -> None:
 
 
 def test_two_who_start_at_once(old: Place) -> None:
-    """One migrates, and the other finds it done."""
+    """Of two processes that open an old catalog in parallel one migrates it, and the other waits."""
     migrate_at_once(old)
     assert "audit" in contents(old)
 
 
 def test_two_who_start_at_once_on_an_empty_database(place: Place) -> None:
-    """The same where there is nothing yet."""
+    """Two processes can open an empty database in parallel."""
     if isinstance(place, str):
         execute(place, "DROP SCHEMA public CASCADE", "CREATE SCHEMA public")
     migrate_at_once(place)

@@ -1,4 +1,4 @@
-"""`catalog.tenants`: made, changed, listed and deleted; quotas hold to the byte, whoever publishes at once."""
+"""`catalog.tenants` and `catalog.quotas`: tenants are made, changed, listed and deleted; quotas hold to the byte."""
 
 import contextlib
 import multiprocessing
@@ -24,7 +24,7 @@ VERSION_BYTES = 100
 
 
 def test_a_tenant_is_made_once(tenants: Tenants) -> None:
-    """Making it again says that it was there."""
+    """Making a tenant again reports that it exists."""
     assert tenants.put("acme", BY)
     assert not tenants.put("acme", BY)
     tenants.require("acme")
@@ -34,7 +34,7 @@ def test_a_tenant_is_made_once(tenants: Tenants) -> None:
 
 
 def test_listings_come_in_pages(tenants: Tenants, catalog: Catalog, content: Content) -> None:
-    """In the byte order of names, whatever language the database sorts by; each with what it has."""
+    """Tenants come in the byte order of their names, whatever the database's collation, each with what it has."""
     names = ["a", "a-b", "a.b", "a_b", "a0", "ab", "b"]
     for name in reversed(names):
         tenants.put(name, BY)
@@ -46,7 +46,7 @@ def test_listings_come_in_pages(tenants: Tenants, catalog: Catalog, content: Con
 
 
 def test_quotas_are_put_and_kept(tenants: Tenants) -> None:
-    """Without quotas a put leaves them as they are; with them it sets all three."""
+    """A put without quotas leaves them as they are; one with quotas sets all three."""
     quotas = Quotas(3, 10**15, 7)
     tenants.put("acme", BY, quotas)
     tenants.put("acme", BY)
@@ -58,14 +58,14 @@ def test_quotas_are_put_and_kept(tenants: Tenants) -> None:
 
 
 def test_a_rate_is_the_tenants(tenants: Tenants) -> None:
-    """None for no limit, and for no tenant."""
+    """The rate of a tenant is its own; it is None without a limit, and for a missing tenant."""
     tenants.put("acme", BY, Quotas(requests_per_second=7))
     tenants.put("beta", BY)
     assert [tenants.requests_per_second(name) for name in ("acme", "beta", "ghost")] == [7, None, None]
 
 
 def test_what_a_tenant_has(tenants: Tenants, catalog: Catalog, content: Content) -> None:
-    """Bytes of every version count, also where adapters or tenants share their blobs."""
+    """A tenant's bytes are those of all its versions, also if adapters or tenants share blobs."""
     for tenant in ("acme", "beta"):
         for adapter, word in (("a", "x"), ("a", "y"), ("b", "x")):
             catalog.add_version(tenant, adapter, content(word), BY, make_tenant=True)
@@ -75,7 +75,7 @@ def test_what_a_tenant_has(tenants: Tenants, catalog: Catalog, content: Content)
 
 
 def test_adapters_up_to_the_quota(tenants: Tenants, catalog: Catalog, content: Content) -> None:
-    """The last one fits, the next does not; another version of one that exists always may come."""
+    """The last adapter of the quota fits and the next does not; a version of an existing adapter always does."""
     tenants.put("acme", BY, Quotas(max_adapters=2))
     for adapter in "ab":
         catalog.add_version("acme", adapter, content("x"), BY)
@@ -89,7 +89,7 @@ def test_adapters_up_to_the_quota(tenants: Tenants, catalog: Catalog, content: C
 
 
 def test_bytes_up_to_the_quota(tenants: Tenants, catalog: Catalog, content: Content) -> None:
-    """To the byte."""
+    """A version that fills the quota to the byte fits, and one byte more does not."""
     tenants.put("acme", BY, Quotas(max_bytes=2 * VERSION_BYTES))
     catalog.add_version("acme", "a", content("x"), BY)
     assert catalog.find("acme", "a", content("y").digest, VERSION_BYTES, BY) is None
@@ -101,7 +101,7 @@ def test_bytes_up_to_the_quota(tenants: Tenants, catalog: Catalog, content: Cont
 
 
 def test_a_refusal_leaves_nothing(tenants: Tenants, catalog: Catalog, content: Content) -> None:
-    """Neither an empty adapter nor a number that was taken."""
+    """A refused publication leaves no empty adapter and takes no number."""
     tenants.put("acme", BY, Quotas(max_bytes=VERSION_BYTES - 1))
     with pytest.raises(QuotaExceeded):
         catalog.add_version("acme", "a", content("x"), BY)
@@ -112,7 +112,7 @@ def test_a_refusal_leaves_nothing(tenants: Tenants, catalog: Catalog, content: C
 
 @pytest.mark.parametrize("quotas", [Quotas(max_adapters=1), Quotas(max_bytes=VERSION_BYTES), Quotas(0, 0)])
 def test_the_same_content_needs_no_room(tenants: Tenants, catalog: Catalog, content: Content, quotas: Quotas) -> None:
-    """At a full quota, and above a lowered one, it is the version that exists."""
+    """Known content is its existing version at a full quota and above a lowered one."""
     catalog.add_version("acme", "a", content("x"), BY, make_tenant=True)
     tenants.put("acme", BY, quotas)
     version, is_new = catalog.add_version("acme", "a", content("x"), BY)
@@ -121,14 +121,14 @@ def test_the_same_content_needs_no_room(tenants: Tenants, catalog: Catalog, cont
 
 
 def test_room_for_a_tenant_that_is_yet_to_be(catalog: Catalog) -> None:
-    """It has no quotas; unless it may not come into being."""
+    """A tenant that will be made has no quotas; without permission to make it, it is NotFound."""
     assert catalog.find("ghost", "a", "sha256:0", 1, BY, make_tenant=True) is None
     with pytest.raises(NotFound, match="there is no tenant 'ghost'"):
         catalog.find("ghost", "a", "sha256:0", 1, BY)
 
 
 def publish(place: Place, adapters: list[str], contents: list[NewVersion]) -> int:
-    """What another process does; how many versions it could make."""
+    """Publishes as another process does, and returns how many versions it could make."""
     database = Database(place)
     made = 0
     for adapter, new in zip(adapters, contents, strict=True):
@@ -149,7 +149,7 @@ def pool(request: pytest.FixtureRequest) -> Iterator[Executor]:
 def test_many_who_publish_at_once_do_not_exceed_a_quota(
     tenants: Tenants, place: Place, content: Content, quotas: Quotas, pool: Executor
 ) -> None:
-    """Five of the forty that come at once find room."""
+    """Of forty parallel publications exactly the five that fit the quota succeed."""
     tenants.put("acme", BY, quotas)
     jobs = [[f"{worker}-{n}" for n in range(5)] for worker in range(8)]
     futures = [pool.submit(publish, place, job, [content(word) for word in job]) for job in jobs]
@@ -160,7 +160,7 @@ def test_many_who_publish_at_once_do_not_exceed_a_quota(
 def test_a_tenant_goes_with_everything(
     tenants: Tenants, catalog: Catalog, keyring: Keyring, database: Database, content: Content
 ) -> None:
-    """Keys, adapters, versions and aliases; only numbers, the audit, changes, and what was let go stay."""
+    """Deleting a tenant removes its keys, adapters, versions and aliases; numbers, audit, changes and garbage stay."""
     tenants.put("acme", BY)
     _, text = keyring.create("acme", "admin", "", BY)
     catalog.add_version("acme", "a", content("x"), BY)
@@ -181,7 +181,7 @@ def test_a_tenant_goes_with_everything(
 
 
 def test_the_others_stay(tenants: Tenants, catalog: Catalog, content: Content) -> None:
-    """A tenant with the same adapter and the same bytes does not notice."""
+    """Deleting a tenant leaves another with the same adapter and the same bytes as it was."""
     for tenant in ("acme", "beta"):
         catalog.add_version(tenant, "a", content("x"), BY, make_tenant=True)
     tenants.delete("acme", BY)
@@ -190,7 +190,7 @@ def test_the_others_stay(tenants: Tenants, catalog: Catalog, content: Content) -
 
 
 def test_numbers_outlive_their_tenant(tenants: Tenants, catalog: Catalog, database: Database, content: Content) -> None:
-    """Made anew, it goes on counting, and has nothing else of its namesake."""
+    """A tenant that was made again goes on counting numbers, and has nothing else of its namesake."""
     for word in "xy":
         catalog.add_version("acme", "a", content(word), BY, make_tenant=True)
     tenants.put("acme", BY, Quotas(max_adapters=9))

@@ -1,4 +1,4 @@
-"""`catalog.threads` and the patience of `Database`: a catalog that is locked or hangs keeps nobody waiting."""
+"""`catalog.threads` and the patience of `Database`: a catalog that is locked or hangs is refused in time."""
 
 import asyncio
 import sqlite3
@@ -34,7 +34,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def tenants(path: Path) -> Iterator[Tenants]:
-    """With one tenant, in a database that waits for 0.2 seconds."""
+    """Returns tenants, one of them made, in a database that waits for 0.2 seconds."""
     opened = Database(path, HURRIED)
     found = Tenants(opened)
     found.put("acme", BY)
@@ -44,7 +44,7 @@ def tenants(path: Path) -> Iterator[Tenants]:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Another program keeps the file to itself."""
+    """Locks the file, as another program does."""
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("BEGIN EXCLUSIVE")
     try:
@@ -56,8 +56,8 @@ def locked(path: Path) -> Iterator[None]:
 def test_a_locked_catalog_refuses_in_time_and_then_immediately(
     tenants: Tenants, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two hundred readers and writers on forty threads end together with the first: nobody queues for a lock. As soon
-    as the lock is gone and the moment of refusal is over, everything works."""
+    """Two hundred readers and writers on forty threads fail together with the first, since nobody queues for a lock.
+    Once the lock and the moment of refusal are over, everything works."""
     monkeypatch.setattr(module, "_REFUSING", 60.0)
 
     def ask(number: int) -> str:
@@ -81,7 +81,7 @@ def test_a_locked_catalog_refuses_in_time_and_then_immediately(
 
 
 def test_what_fails_quickly_is_tried_again_immediately(tenants: Tenants) -> None:
-    """A missing tenant or a failed statement says nothing about the next."""
+    """After a missing tenant or a failed statement the next call is tried."""
     for _ in range(3):
         with pytest.raises(NotFound):
             tenants.require("nobody")
@@ -91,7 +91,8 @@ def test_what_fails_quickly_is_tried_again_immediately(tenants: Tenants) -> None
 
 
 def test_threads_that_hang_in_the_catalog_are_bounded(tenants: Tenants) -> None:
-    """The others are told within their patience, and can go on with other work."""
+    """Only a bounded number of threads hang in the catalog; other calls fail within their patience, and threads are
+    left for other work."""
     release, hanging = threading.Event(), threading.Barrier(module.READERS + 2)
 
     def hang() -> None:
@@ -109,7 +110,7 @@ def test_threads_that_hang_in_the_catalog_are_bounded(tenants: Tenants) -> None:
 
 
 async def test_a_read_that_hangs_is_given_up_and_keeps_no_other_work_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its callers get an error after the deadline, more of them than there are threads for reads."""
+    """Reads that hang fail after the deadline, also more of them than there are threads for reads."""
     monkeypatch.setattr(threads, "DEADLINE", 0.2)
     release = threading.Event()
     asked = [asyncio.create_task(read_catalog(release.wait, 600)) for _ in range(2 * threads._READS)]
@@ -124,7 +125,7 @@ async def test_a_read_that_hangs_is_given_up_and_keeps_no_other_work_waiting(mon
 
 
 async def test_who_waits_behind_its_own_reads_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The catalog answers, and is not blamed: of one tenant's many reads those are refused whose turn never comes."""
+    """A tenant's reads that do not get their turn in time are refused as Overloaded, while the catalog answers."""
     monkeypatch.setattr(threads, "DEADLINE", 1.0)
     ASKING.set("acme")
     asked = [asyncio.create_task(read_catalog(time.sleep, 0.4)) for _ in range(100)]
@@ -142,7 +143,8 @@ async def test_who_waits_behind_its_own_reads_is_told_so(monkeypatch: pytest.Mon
 async def test_a_tenant_that_asks_for_much_keeps_no_other_waiting(
     ask: Callable[..., Awaitable[object]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A hundred calls of one wait in its turn, on a part of the threads; another's call and an operator's go on."""
+    """A hundred calls of one tenant wait in its turn on a part of the threads; calls of another tenant and of an
+    operator go on."""
     monkeypatch.setattr(threads, "DEADLINE", 60)
     release = threading.Event()
 
@@ -159,7 +161,7 @@ async def test_a_tenant_that_asks_for_much_keeps_no_other_waiting(
 
 
 def test_a_read_only_catalog_is_read_while_another_process_writes(tenants: Tenants, path: Path) -> None:
-    """It sees the changes, and makes none."""
+    """A read-only catalog shows the changes of another process, and refuses changes of its own."""
     reader = Database(path, HURRIED, read_only=True)
     tenants.put("beta", BY)
     Tenants(reader).require("beta")
@@ -171,7 +173,7 @@ def test_a_read_only_catalog_is_read_while_another_process_writes(tenants: Tenan
 
 
 def test_a_read_only_catalog_is_not_migrated(path: Path) -> None:
-    """An older schema, or none, is refused with what to do."""
+    """A read-only catalog with an older schema or none is refused, and the message says what to do."""
     sqlite3.connect(path).close()
     with pytest.raises(StorageFailed, match=r"has an older schema \(None\), .* start one without --read-only"):
         Database(path, read_only=True)
@@ -179,7 +181,7 @@ def test_a_read_only_catalog_is_not_migrated(path: Path) -> None:
 
 
 def test_a_read_only_catalog_does_not_undo_what_a_crash_left(tenants: Tenants, path: Path) -> None:
-    """It says who can; then it is read."""
+    """A read-only catalog with a crash's journal is refused with what to do; after that it can be read."""
     crashing = """
 import os, sqlite3, sys
 catalog = sqlite3.connect(sys.argv[1], isolation_level=None)

@@ -1,4 +1,4 @@
-"""Running totals of adapters and tenants are the sums of their rows, whatever was published and deleted."""
+"""The running totals of adapters and tenants are the sums of their rows, whatever is published and deleted."""
 
 import contextlib
 import hashlib
@@ -34,7 +34,7 @@ _NBYTES = versions.c.weights_bytes + versions.c.key_values_bytes + versions.c.ma
 
 
 class Totals(RuleBasedStateMachine):
-    """Publishing, moving aliases and deleting, with and without quotas, while deletions are carried out."""
+    """Publishes, moves aliases and deletes, with and without quotas, while deleted rows are removed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Totals(RuleBasedStateMachine):
 
     @rule(tenant=TENANTS, adapter=ADAPTERS, word=st.text(max_size=3), description=DESCRIPTIONS)
     def publish(self, tenant: str, adapter: str, word: str, description: Description) -> None:
-        """The same content may come again, and may exceed a quota."""
+        """Publishes content, which may be known and may exceed a quota."""
         digest = hashlib.sha256(word.encode()).hexdigest()
         new = NewVersion(digest, f"é{word}", None, digest, len(word), "float32", digest, 7)
         with contextlib.suppress(QuotaExceeded):
@@ -57,43 +57,44 @@ class Totals(RuleBasedStateMachine):
 
     @rule(tenant=TENANTS, adapter=ADAPTERS, number=NUMBERS, description=DESCRIPTIONS)
     def describe(self, tenant: str, adapter: str, number: int, description: Description) -> None:
-        """A version gets another description, which may be longer, shorter or empty."""
+        """Gives a version another description, which may be longer, shorter or empty."""
         with contextlib.suppress(NotFound, QuotaExceeded):
             version = self._catalog.resolve(tenant, parse_reference(f"{adapter}@{number}"))
             self._descriptions.change(version, BY, "card", lambda _: description)
 
     @rule(tenant=TENANTS, adapter=ADAPTERS, number=NUMBERS)
     def point(self, tenant: str, adapter: str, number: int) -> None:
-        """An alias keeps its version from being deleted."""
+        """Points an alias at a version, which keeps the version from being deleted."""
         with contextlib.suppress(NotFound):
             self._catalog.put_alias(tenant, adapter, "prod", number, BY)
 
     @rule(tenant=TENANTS, adapter=ADAPTERS, selector=st.none() | NUMBERS)
     def delete(self, tenant: str, adapter: str, selector: int | None) -> None:
-        """A version, perhaps the last one, or an adapter."""
+        """Deletes a version, perhaps the last one, or an adapter."""
         reference = adapter if selector is None else f"{adapter}@{selector}"
         with contextlib.suppress(NotFound, Conflict):
             self._catalog.delete(tenant, parse_reference(reference), BY)
 
     @rule(tenant=TENANTS)
     def delete_tenant(self, tenant: str) -> None:
-        """With all that it has."""
+        """Deletes a tenant with everything that it has."""
         with contextlib.suppress(NotFound):
             self._tenants.delete(tenant, BY)
 
     @rule(tenant=TENANTS, quotas=st.sampled_from([Quotas(), Quotas(max_adapters=1), Quotas(max_bytes=30)]))
     def limit(self, tenant: str, quotas: Quotas) -> None:
-        """Quotas change nothing of what is there."""
+        """Sets quotas, which change nothing of what exists."""
         self._tenants.put(tenant, BY, quotas)
 
     @rule()
     def remove(self) -> None:
-        """A slice of what was deleted."""
+        """Removes a slice of what was deleted."""
         Deletions(self._database).remove_slice()
 
     @invariant()
     def totals_are_sums(self) -> None:
-        """Of what was not deleted, descriptions too; bytes of a manifest are those of its UTF-8."""
+        """Checks that totals are the sums of what was not deleted, with descriptions and the UTF-8 bytes of
+        manifests."""
         count = sa.func.count
         described = versions.outerjoin(descriptions, descriptions.c.version_id == versions.c.id)
         total = sa.func.sum(_NBYTES + sa.func.coalesce(descriptions.c.bytes, 0))

@@ -1,4 +1,4 @@
-"""`catalog.changes`: what is stored of each mutation, and in which order it becomes visible."""
+"""`catalog.changes`: which changes each mutation stores, and in which order they become visible."""
 
 import threading
 import time
@@ -133,7 +133,8 @@ MUTATIONS: dict[str, tuple[Callable[[Mutations], object], Callable[[Mutations], 
 def test_each_mutation_stores_its_changes(
     database: Database, keyring: Keyring, content: Content, audit: AuditLog, mutation: str
 ) -> None:
-    """With all that their listeners need, under revisions without gaps, and a line of the audit for each."""
+    """Each mutation stores its changes with all names that listeners need, under revisions without gaps, and adds a
+    line to the audit."""
     do = Mutations(database, keyring, content)
     before, lines = latest(database), len(audit.listed(None, before=None, limit=99))
     mutate, expected = MUTATIONS[mutation]
@@ -145,13 +146,13 @@ def test_each_mutation_stores_its_changes(
 
 
 def test_every_type_is_stored_by_a_mutation(database: Database, keyring: Keyring, content: Content) -> None:
-    """And none is stored that the test above does not know."""
+    """Every type of change is stored by a mutation in these tests, and no other type is."""
     do = Mutations(database, keyring, content)
     assert {type(change) for _, expected in MUTATIONS.values() for change in expected(do)} == set(KINDS.values())
 
 
 def fail(database: Database) -> None:
-    """A transaction that announces a change, and does not get to its end."""
+    """Announces a change in a transaction that then fails."""
     with database.writing() as connection:
         announce(connection, TenantCreated("never"))
         raise ZeroDivisionError
@@ -159,7 +160,7 @@ def fail(database: Database) -> None:
 
 @pytest.mark.usefixtures("acme")
 def test_what_changes_nothing_stores_nothing(database: Database, catalog: Catalog, tenants: Tenants) -> None:
-    """Neither what was so already, nor what failed after it was announced."""
+    """A mutation that changes nothing stores no change, and neither does one that fails after it was announced."""
     before = latest(database)
     tenants.put("acme", BY)
     catalog.put_alias("acme", "a", "prod", 1, BY)
@@ -172,7 +173,7 @@ def test_what_changes_nothing_stores_nothing(database: Database, catalog: Catalo
 
 
 def test_a_change_belongs_to_the_tenant_of_its_time(database: Database, tenants: Tenants) -> None:
-    """A namesake that is made later has another id."""
+    """A change has the id of its tenant, which a later namesake does not share."""
     tenants.delete("acme", BY)
     tenants.put("acme", BY)
     with database.reading() as connection:
@@ -182,7 +183,7 @@ def test_a_change_belongs_to_the_tenant_of_its_time(database: Database, tenants:
 
 
 def waits_for_a_lock(database: Database) -> bool:
-    """Whether a session of PostgreSQL waits for another."""
+    """Returns whether a session of PostgreSQL waits for another."""
     with database.reading() as connection:
         waiting = (
             "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
@@ -193,7 +194,8 @@ def waits_for_a_lock(database: Database) -> bool:
 def test_no_revision_becomes_visible_before_a_smaller_one(
     database: Database, elsewhere: Database, tenants: Tenants
 ) -> None:
-    """Two transactions interleave: the second, which is ready to commit first, waits until the first has."""
+    """Of two interleaved transactions the second, which is ready to commit first, waits until the first has
+    committed."""
     is_postgresql = database._reads.engine.dialect.name == "postgresql"
     feed, heard = ChangeFeed(database), list[Change]()
     feed.listen(heard.extend)

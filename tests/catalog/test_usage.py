@@ -1,4 +1,4 @@
-"""`catalog.usage`: sums by hour, listed a page at a time; and how long they are kept."""
+"""`catalog.usage`: uses are summed by hour, listed in pages, and kept for a number of days."""
 
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -7,15 +7,17 @@ from itertools import pairwise
 import pytest
 import sqlalchemy as sa
 
+from prefix_service.catalog.catalog import Catalog
 from prefix_service.catalog.database import Database, now
 from prefix_service.catalog.deletions import Deletions
-from prefix_service.catalog.expiry import expire_usage
-from prefix_service.catalog.records import Use
+from prefix_service.catalog.records import Use, VersionName
+from prefix_service.catalog.retention import expire_usage
 from prefix_service.catalog.schema import usage as table
+from prefix_service.catalog.schema import versions
 from prefix_service.catalog.tenants import Tenants
 from prefix_service.catalog.usage import UsageStore
 from prefix_service.errors import NotFound
-from tests.catalog.conftest import BY, remove_deleted
+from tests.catalog.conftest import BY, Content, remove_deleted
 
 FIRST = datetime.fromisoformat("2026-11-26T04:00:00")
 SECOND = FIRST + timedelta(hours=1)
@@ -35,7 +37,7 @@ USES = [
 
 @pytest.fixture
 def store(database: Database, tenants: Tenants) -> UsageStore:
-    """With USES of two tenants."""
+    """Returns a store with USES of two tenants."""
     for tenant in ("acme", "beta"):
         tenants.put(tenant, BY)
     store = UsageStore(database)
@@ -53,14 +55,15 @@ def rows(database: Database) -> int:
 
 
 def test_sums_by_hour(store: UsageStore) -> None:
-    """Of a tenant, and of each."""
+    """Uses are summed by hour, of one tenant and of each tenant."""
     acme = [Use(FIRST, "acme", "", 0, "", 21, (1 << 40) + 32, 6, 325), Use(SECOND, "acme", "", 0, "", 16, 10, 2, 320)]
     assert listed(store, "acme") == acme
     assert listed(store, None) == [acme[0], Use(FIRST, "beta", "", 0, "", 32, 10, 0, 640), acme[1]]
 
 
 def test_sums_by_what_is_named(store: UsageStore) -> None:
-    """Keys of the platform are one for a tenant, and each for itself for the platform."""
+    """Uses are summed by each column; for a tenant all keys of the platform are one, for the platform each is its
+    own."""
     by_adapter = [(use.adapter, use.requests) for use in listed(store, "acme", "adapter", until=SECOND)]
     assert by_adapter == [("", 5), ("a", 8), ("b", 8)]
     by_key = [(use.key, use.requests) for use in listed(store, "acme", "key", until=SECOND)]
@@ -77,7 +80,7 @@ def test_sums_by_what_is_named(store: UsageStore) -> None:
 
 
 def test_hours_in_a_range(store: UsageStore) -> None:
-    """The first one is in it, the last one is not."""
+    """A range of hours has its first hour, and not its last."""
     for since, until, found in (
         (FIRST, SECOND, [FIRST]),
         (SECOND, None, [SECOND]),
@@ -91,7 +94,7 @@ def test_hours_in_a_range(store: UsageStore) -> None:
 @pytest.mark.parametrize("tenant", ["acme", None])
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_pages(store: UsageStore, tenant: str | None, by: tuple[str, ...], size: int) -> None:
-    """Put together they are the whole, in order."""
+    """Pages together are the whole listing, in order."""
     whole, found = listed(store, tenant, *by), list[Use]()
     while page := listed(store, tenant, *by, after=found[-1] if found else None, limit=size):
         assert len(page) <= size
@@ -101,14 +104,14 @@ def test_pages(store: UsageStore, tenant: str | None, by: tuple[str, ...], size:
 
 
 def test_counts_add_up(store: UsageStore) -> None:
-    """What several processes write, or one after the other."""
+    """Counts that several processes write for one hour are added."""
     store.add(USES)
     store.add(reversed(USES))
     assert listed(store, "beta", "adapter", "version") == [Use(FIRST, "beta", "a", 1, "", 96, 30, 0, 1920)]
 
 
 def test_what_is_used_of_a_tenant_that_is_gone(store: UsageStore, tenants: Tenants, database: Database) -> None:
-    """Is forgotten with it: its namesake used nothing, and its rows go."""
+    """Uses of a deleted tenant are removed with it, and its namesake has none."""
     store.add([Use(FIRST, "nobody", "a", 1, KEY, 1)])
     tenants.delete("acme", BY)
     with pytest.raises(NotFound, match="there is no tenant 'acme'"):
@@ -122,7 +125,7 @@ def test_what_is_used_of_a_tenant_that_is_gone(store: UsageStore, tenants: Tenan
 
 
 def test_a_deleted_tenant_s_hours_go_one_by_one(store: UsageStore, tenants: Tenants, database: Database) -> None:
-    """So that others can write in between."""
+    """The hours of a deleted tenant are removed in one transaction each, so that others can write in between."""
     tenants.delete("acme", BY)
     left = []
     while Deletions(database).remove_slice():
@@ -131,7 +134,7 @@ def test_a_deleted_tenant_s_hours_go_one_by_one(store: UsageStore, tenants: Tena
 
 
 def test_old_hours_are_removed(store: UsageStore, database: Database) -> None:
-    """Those that began more days ago than they are kept, a slice at a time."""
+    """Hours that began more days ago than they are kept are removed, a slice at a time."""
     with database.reading() as connection:
         today = now(connection).replace(minute=0, second=0, microsecond=0)
     old, young = today - timedelta(days=3, hours=1), today - timedelta(days=2, hours=23)
@@ -143,3 +146,27 @@ def test_old_hours_are_removed(store: UsageStore, database: Database) -> None:
     assert expire_usage(database, 3) is False
     assert [use.adapter for use in listed(store, "acme", "adapter")] == ["young"]
     assert expire_usage(database, 3) is False
+
+
+def test_versions_that_nobody_reads(catalog: Catalog, content: Content, database: Database) -> None:
+    """Published long enough ago, and not handed out since; what was counted together may have been any."""
+    store, names = UsageStore(database), []
+    for tenant in ("acme", "beta"):
+        for word in "xyz":
+            version, _ = catalog.add_version(tenant, "a", content(word), BY, make_tenant=True)
+            names.append(VersionName(tenant, "a", version.number, version.digest))
+    with database.writing() as connection:
+        today = now(connection)
+        old = sa.update(versions).where(versions.c.number < 3).values(created=today - timedelta(days=8))
+        connection.execute(old)
+    gone = VersionName("acme", "a", 9, names[0].digest)
+    assert store.unread([*names, gone], 7) == [name for name in names if name.number < 3]
+    hour = today.replace(minute=0, second=0, microsecond=0)
+    store.add([Use(hour - timedelta(days=6), "acme", "a", 1, KEY, 1), Use(hour, "beta", "a", 2, KEY, 1)])
+    store.add([Use(hour - timedelta(days=8), "acme", "a", 2, KEY, 1), Use(hour, "acme", "a", 1, PLATFORM, 1)])
+    assert store.unread(names, 7) == [names[1], names[3]]
+    assert store.read_hours(names[0]) == (hour - timedelta(days=6), hour)
+    assert store.read_hours(names[4]) == (hour, hour)
+    assert store.read_hours(names[5]) is None
+    store.add([Use(hour, "acme", requests=1)])
+    assert store.unread(names, 7) == [names[3]]

@@ -22,9 +22,9 @@ from prefix_service.catalog.records import Version
 from prefix_service.catalog.tenants import Tenants
 from prefix_service.data_folder.collector import Collector
 from prefix_service.data_folder.opening import blob_folder, bootstrap_file, catalog_file
-from prefix_service.library.composition import UseCases, compose
 from prefix_service.library.library import Library
 from prefix_service.library.plan import Limits, PrefixRequest
+from prefix_service.library.wiring import UseCases, compose
 from prefix_service.prefix.references import parse_reference
 from prefix_service.registry.registry import AdapterRegistry
 from prefix_service.settings import Settings

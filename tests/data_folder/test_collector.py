@@ -14,9 +14,9 @@ from prefix_service.blobs.folder import FolderBlobStore
 from prefix_service.catalog.catalog import Catalog
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.deletions import Deletions
-from prefix_service.catalog.expiry import Retention
 from prefix_service.catalog.garbage import Garbage
 from prefix_service.catalog.records import COMMAND_LINE, NewVersion
+from prefix_service.catalog.retention import Retention
 from prefix_service.catalog.schema import garbage
 from prefix_service.catalog.tenants import Tenants
 from prefix_service.data_folder.collector import Collected, Collector, Lost, collecting

@@ -4,12 +4,17 @@ import asyncio
 import logging
 import threading
 import time
+from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
+from prefix_service.blobs.folder import FolderBlobStore
+from prefix_service.catalog.database import Database
 from prefix_service.data_folder import readiness as module
-from prefix_service.data_folder.readiness import Readiness
+from prefix_service.data_folder.readiness import Readiness, checks_of
 from prefix_service.errors import OutOfSpace, StorageFailed
+from prefix_service.settings import Settings
 
 
 class Disk:
@@ -74,3 +79,23 @@ async def test_a_hanging_check_is_a_reason_and_is_not_repeated(monkeypatch: pyte
     disk.answers.set()
     await asyncio.wait([readiness._running] if readiness._running else [])
     assert await reason(readiness) is None
+
+
+def test_replicas_without_their_catalog_are_ready_as_long_as_they_serve(tmp_path: Path) -> None:
+    """A service on a data folder is not: it alone has lost its catalog."""
+    settings = Settings(data_dir=tmp_path)
+    shared = settings.model_copy(update={"catalog_url": SecretStr("postgresql+psycopg://u@h/d")})
+    database, blobs = Database(tmp_path / "catalog.sqlite"), FolderBlobStore(tmp_path / "blobs")
+    with database.writing() as connection:
+        connection.exec_driver_sql("DROP TABLE aliases")
+        connection.exec_driver_sql("DROP TABLE versions")
+
+    def check(of: Settings, *, are_known: bool) -> None:
+        for one in checks_of(of, database, blobs, lambda: are_known):
+            one()
+
+    check(shared, are_known=True)
+    for of, are_known in ((shared, False), (settings, True), (settings, False)):
+        with pytest.raises(StorageFailed, match="the catalog refused"):
+            check(of, are_known=are_known)
+    database.close()

@@ -124,6 +124,11 @@ checks.positive_data_acceptance.expected-statuses = ["2xx", 401, 404, 422]
 include-path-regex = "/(prefix(es)?|compare)$"
 checks.positive_data_acceptance.expected-statuses = ["2xx", 304, 401, 404, 416, 422]
 
+# A range that begins behind the end.
+[[operations]]
+include-path-regex = "/parameters$"
+checks.positive_data_acceptance.expected-statuses = ["2xx", 304, 401, 404, 416]
+
 # The shape of an input says how many elements its data has.
 [[operations]]
 include-path-regex = "/infer$"

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from prefix_service.catalog.records import COMMAND_LINE, Principal, Room
+from prefix_service.catalog.quotas import Room
+from prefix_service.catalog.records import COMMAND_LINE, Principal
 from prefix_service.errors import NotFound, QuotaExceeded, Unauthenticated
 from prefix_service.library.arrivals import Arrival, Arrivals
 

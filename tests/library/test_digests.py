@@ -11,8 +11,8 @@ import pytest
 from awscrt.checksums import crc32c
 
 from prefix_service.library import digests as body_digests
-from prefix_service.library.composition import UseCases
 from prefix_service.library.plan import Plan, PrefixRequest
+from prefix_service.library.wiring import UseCases
 from prefix_service.prefix.wire.digests import Algorithm
 from prefix_service.prefix.wire.prefix_file import PrefixFile
 from tests.library.test_library import blob, cases, database, published

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import anyio
@@ -14,14 +15,14 @@ from prefix_service.blobs.folder import FolderBlobStore
 from prefix_service.catalog.catalog import Catalog
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.keys import Keyring
-from prefix_service.catalog.records import COMMAND_LINE, Quotas, Version
+from prefix_service.catalog.records import COMMAND_LINE, Principal, Quotas, Version
 from prefix_service.catalog.tenants import Tenants
 from prefix_service.catalog.threads import write_catalog
 from prefix_service.errors import CorruptBlob, OutOfSpace, QuotaExceeded, ReadOnly, Unavailable
 from prefix_service.library.arrivals import Target
-from prefix_service.library.composition import UseCases, compose
 from prefix_service.library.encodings import EncodedAgain
 from prefix_service.library.plan import Limits, PrefixRequest
+from prefix_service.library.wiring import UseCases, compose
 from prefix_service.prefix.config import parse_config
 from prefix_service.prefix.json_text import parse_json
 from prefix_service.prefix.references import parse_reference
@@ -57,11 +58,11 @@ async def cases(tmp_path: Path, database: Database) -> UseCases:
     return made
 
 
-async def published(cases: UseCases, case: str) -> Version:
-    """A corpus case as a version."""
+async def published(cases: UseCases, case: str, by: Principal = COMMAND_LINE) -> Version:
+    """Publishes a corpus case, and returns its version."""
     folder = CORPUS / "cases" / case / "adapter"
     config = parse_config(parse_json((folder / "adapter_config.json").read_bytes(), "the config"))
-    async with cases.publisher.receiving(TARGET, 0) as upload:
+    async with cases.publisher.receiving(replace(TARGET, by=by), 0) as upload:
         upload.write((folder / "adapter_model.safetensors").read_bytes())
         version, _ = await cases.publisher.publish(upload, config)
     return version
@@ -307,9 +308,10 @@ async def test_blobs_of_a_version_that_never_was_count_until_they_are_collected(
 ) -> None:
     """Whether the transaction refused it or its client left while it waited for its turn."""
     free = threading.Event()
+    by = replace(COMMAND_LINE, acts_on=Tenants(database).require("acme"))
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(write_catalog, free.wait, 60)  # the tenant's one turn
-        publishing = asyncio.create_task(published(cases, "llama-n20-emb"))
+        publishing = asyncio.create_task(published(cases, "llama-n20-emb", by))
         while len(list((tmp_path / "blobs").glob("??/*"))) < 2:
             await asyncio.sleep(0.01)
             assert not publishing.done()

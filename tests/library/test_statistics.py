@@ -9,8 +9,8 @@ import pytest
 
 from prefix_service.errors import CorruptBlob, OutOfSpace
 from prefix_service.library import statistics
-from prefix_service.library.composition import UseCases
 from prefix_service.library.statistics import VersionStatistics
+from prefix_service.library.wiring import UseCases
 from prefix_service.prefix.bins import Rows, Shape
 from prefix_service.prefix.norms import Norms, measuring
 from prefix_service.registry.admission import Admission

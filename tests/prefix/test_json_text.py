@@ -7,7 +7,7 @@ from prefix_service.prefix.json_text import parse_json, shown
 
 
 def test_a_surrogate_pair_is_text() -> None:
-    """A pair of escaped surrogates is one character, as RFC 8259, section 7, writes those beyond the first PppoolLAN."""
+    """A pair of escaped surrogates is one character, as RFC 8259, section 7, writes those beyond the first plane."""
     assert parse_json(b'{"\\ud83d\\ude00": ["\\ud83d\\ude00"]}', "it") == {"😀": ["😀"]}
 
 

@@ -155,7 +155,7 @@ ADAPTERS: Final[Mapping[str, Options]] = {
     "kosmos-2": _FOUR_LAYERS,
     "kosmos-2.5": _FOUR_LAYERS,
     "mpt": _FOUR_HEADS,
-    "pp_formupoolt": _FOUR_LAYERS,
+    "pp_formulanet": _FOUR_LAYERS,
     "prophetnet": _FOUR_HEADS,
     "t5gemma": {"num_layers": 4, "num_attention_heads": 2, "token_dim": 32},
     "trocr": _FOUR_HEADS,

@@ -1,8 +1,8 @@
 """Asks vLLM's server through unchanged SDKs. .venv-vllm's Python runs it, so it imports nothing of the tests.
 
-Reads one line of JSON from stdin, `{"url", "key", "sdk", "batches": [[{"model", "question", "prompt", "header"}]],
-"alone": [model]}`, and writes one: for each row the answers to each call of the SDK, where all rows of a batch are sent
-together; the error for a missing model; and for `openai` the list of models, and some of them alone.
+Reads one line of JSON from stdin, `{"url", "key", "sdk", "rows": [{"model", "question", "prompt", "header"}], "alone":
+[model]}`, and writes one: for each row the answers to each call of the SDK, where all rows are sent together; the error
+for a missing model; and for `openai` the list of models, and some of them alone.
 """
 
 import json
@@ -20,10 +20,8 @@ def main() -> None:
     asked = json.loads(sys.stdin.readline())
     make: Callable[[str, str], Any] = {"openai": OpenAI, "litellm": LiteLLM, "anthropic": Anthropic}[asked["sdk"]]
     caller = make(asked["url"], asked["key"])
-    rows: list[Any] = []
-    for batch in asked["batches"]:
-        with ThreadPoolExecutor(len(batch)) as threads:
-            rows += threads.map(lambda row: caller.ask(**row), batch)
+    with ThreadPoolExecutor(len(asked["rows"]) or 1) as threads:
+        rows = list(threads.map(lambda row: caller.ask(**row), asked["rows"]))
     models = caller.models(asked["alone"])
     json.dump({"rows": rows, "models": models, "missing": caller.missing("demo/nosuch")}, sys.stdout)
 
@@ -52,12 +50,12 @@ class OpenAI:
         """Asks for chat, completions and responses, each streamed too."""
         options: Any = {"model": model, "temperature": 0, "max_tokens": COUNT, **_headers(header)}
         chats, completions = self._client.chat.completions, self._client.completions
-        chat = chats.create(messages=_messages(question), **options)
+        raw = chats.with_raw_response.create(messages=_messages(question), **options)
+        chat = raw.parse()
         completion = completions.create(prompt=prompt, **options)
         chunks = list(chats.create(messages=_messages(question), stream=True, **options))
         usage = {"include_usage": True}
         pieces = list(completions.create(prompt=prompt, stream=True, stream_options=usage, **options))
-        raw = chats.with_raw_response.create(messages=_messages(question), **options)
         options = {"model": model, "temperature": 0, "max_output_tokens": COUNT, **_headers(header)}
         responded = self._client.responses.create(input=question, **options)
         events = list(self._client.responses.create(input=question, stream=True, **options))

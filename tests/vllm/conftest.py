@@ -8,11 +8,12 @@ from typing import Final
 
 import pytest
 
-from prefix_service.checkpoints.sources import prepare_upload
-from prefix_service.client import PrefixClient
 from tests.conftest import Server, running_server
 from tests.vllm.driver import PYTHON
+from tests.vllm.publishing import publish
 from tests.vllm.reference import TOKENS, Reference, make_reference
+from tests.vllm.served import Served, serving
+from tests.vllm.smollm2 import smollm2
 
 _INSTALLED: Final = PYTHON.parents[1] / "installed"
 
@@ -31,6 +32,13 @@ def reference(needs_vllm: None, tmp_path_factory: pytest.TempPathFactory) -> Ref
     return make_reference(tmp_path_factory.mktemp("reference"))
 
 
+@pytest.fixture(scope="session")
+def served(needs_vllm: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """Yields the one server of SmolLM2."""
+    with serving(smollm2(tmp_path_factory), tmp_path_factory.mktemp("served")) as made:
+        yield made
+
+
 @contextmanager
 def serving_adapters(reference: Reference, folder: Path) -> Iterator[Server]:
     """Yields a service with every adapter of the small Llama, under the tenant `acme`."""
@@ -38,10 +46,3 @@ def serving_adapters(reference: Reference, folder: Path) -> Iterator[Server]:
         for name in TOKENS:
             publish(server, f"acme/{name}", reference.adapter(name))
         yield server
-
-
-def publish(server: Server, adapter: str, folder: Path) -> int:
-    """Publishes a folder, and returns the version's number."""
-    upload = prepare_upload(folder)
-    with PrefixClient(server.url, server.admin_key) as client, upload.weights as weights:
-        return int(client.publish_files(adapter, upload.config, weights)[0]["version"])

@@ -1,8 +1,13 @@
 """Starts engines and servers of vLLM, in processes of .venv-vllm's Python."""
 
+import atexit
+import functools
 import json
 import os
+import signal
+import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -56,16 +61,69 @@ def store_config(folder: Path) -> dict[str, Any]:
     }
 
 
-def _environment(key: str, more: dict[str, str] | None = None) -> dict[str, str]:
+def _environment(**more: str) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
-    return {**inherited, **_ENVIRONMENT, "PREFIX_API_KEY": key, **(more or {})}
+    return {**inherited, **_ENVIRONMENT, **more}
+
+
+class _Starter:
+    """The process that forks programs of vLLM, one for all that compute with so many threads."""
+
+    def __init__(self, threads: int) -> None:
+        command = [str(PYTHON), str(Path(__file__).with_name("starter.py"))]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self._process = subprocess.Popen(command, env=_environment(OMP_NUM_THREADS=str(threads)), **pipes)
+        atexit.register(self._process.communicate)
+
+    def ask(self, what: dict[str, Any]) -> dict[str, Any]:
+        """Returns the answer to a line."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(what) + "\n")
+        self._process.stdin.flush()
+        answer: dict[str, Any] = json.loads(self._process.stdout.readline())
+        return answer
+
+
+@functools.cache
+def _starter(threads: int) -> _Starter:
+    return _Starter(threads)
+
+
+class _Program:
+    """A forked program of vLLM, with the part of `subprocess.Popen` that is needed here."""
+
+    def __init__(self, threads: int = 1, **what: Any) -> None:
+        self._starter = _starter(threads)
+        self._pid: int = self._starter.ask({"start": what})["pid"]
+
+    def poll(self) -> int | None:
+        """Returns the exit status; None if the program has not ended."""
+        return self.wait(0)
+
+    def wait(self, timeout: float) -> int | None:
+        """Waits for the program's end for so many seconds; returns its exit status, or None if it has not ended."""
+        status: int | None = self._starter.ask({"wait": self._pid, "seconds": timeout})["status"]
+        return status
+
+    def end(self) -> None:
+        """Asks the program to end, and waits; kills it if it does not.
+
+        Raises:
+            RuntimeError: it had to be killed.
+        """
+        if self.poll() is None:
+            os.kill(self._pid, signal.SIGTERM)
+        if self.wait(90) is None:
+            os.kill(self._pid, signal.SIGKILL)
+            raise RuntimeError("vLLM did not end within 90 seconds")
 
 
 class Engine:
     """An `LLM()` in a process of its own."""
 
-    def __init__(self, process: "subprocess.Popen[str]", answers: IO[str], log: Path) -> None:
-        self._process, self._answers, self._log = process, answers, log
+    def __init__(self, questions: IO[str], answers: IO[str], log: Path) -> None:
+        self._questions, self._answers, self._log = questions, answers, log
 
     def run(self, jobs: Sequence[dict[str, Any]], max_tokens: int = 24) -> dict[str, Any]:
         """Generates all jobs in one batch."""
@@ -93,9 +151,8 @@ class Engine:
         return self._log.read_text()
 
     def _say(self, what: dict[str, Any]) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(what) + "\n")
-        self._process.stdin.flush()
+        self._questions.write(json.dumps(what) + "\n")
+        self._questions.flush()
 
 
 @contextmanager
@@ -117,29 +174,30 @@ def engine(
         "kv_transfer_config": transfer,
         **options,
     }
-    reader, writer = os.pipe()
     log = folder / "vllm.log"
-    command = [str(PYTHON), str(Path(__file__).with_name("engine.py")), str(writer)]
-    with log.open("w") as output, os.fdopen(reader) as answers:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=output,
-            text=True,
-            pass_fds=[writer],
-            cwd=folder,
-            env=_environment(key, {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": str(threads)}),
+    with tempfile.TemporaryDirectory() as short, socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address := f"{short}/engine")
+        listener.listen()
+        listener.settimeout(90)
+        program = _Program(
+            threads,
+            path=str(Path(__file__).with_name("engine.py")),
+            arguments=[address],
+            environment=_environment(
+                PREFIX_API_KEY=key, VLLM_ENABLE_V1_MULTIPROCESSING="0", OMP_NUM_THREADS=str(threads)
+            ),
+            folder=str(folder),
+            log=str(log),
         )
-        os.close(writer)
         try:
-            made = Engine(process, answers, log)
-            made.ask({"engine": arguments})
-            yield made
+            connection, _ = listener.accept()
+            with connection, connection.makefile("w") as questions, connection.makefile() as answers:
+                made = Engine(questions, answers, log)
+                made.ask({"engine": arguments})
+                yield made
         finally:
-            assert process.stdin is not None
-            process.stdin.close()
-            process.wait(timeout=90)
+            program.wait(60)
+            program.end()
 
 
 @contextmanager
@@ -149,23 +207,27 @@ def openai_server(
     """Yields a client of vLLM's OpenAI-compatible server for a model folder, once it is ready."""
     folder.mkdir(parents=True, exist_ok=True)
     port, log = free_port(), folder / "vllm.log"
-    command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port)]
-    command += ["--host", "127.0.0.1", "--served-model-name", "model", "--dtype", "float32", "--enforce-eager"]
-    command += ["--max-model-len", "2048", "--kv-transfer-config", json.dumps(transfer), *options]
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, cwd=folder, env=_environment(key))
+    arguments = ["--model", str(model), "--port", str(port)]
+    arguments += ["--host", "127.0.0.1", "--served-model-name", "model", "--dtype", "float32", "--enforce-eager"]
+    arguments += ["--max-model-len", "2048", "--kv-transfer-config", json.dumps(transfer), *options]
+    program = _Program(
+        module="vllm.entrypoints.openai.api_server",
+        arguments=arguments,
+        environment=_environment(PREFIX_API_KEY=key),
+        folder=str(folder),
+        log=str(log),
+    )
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
-            _wait(client, process, log)
+            _wait(client, program, log)
             yield client
     finally:
-        process.terminate()
-        process.wait(timeout=90)
+        program.end()
 
 
-def _wait(client: httpx.Client, process: "subprocess.Popen[bytes]", log: Path) -> None:
+def _wait(client: httpx.Client, program: _Program, log: Path) -> None:
     deadline = time.monotonic() + 600
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline and program.poll() is None:
         try:
             if client.get("/health").status_code == 200:
                 return

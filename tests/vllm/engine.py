@@ -1,9 +1,11 @@
 """Runs one `LLM()` for lines of JSON. .venv-vllm's Python runs it, so it imports nothing of the tests.
 
-Reads from stdin a line of JSON each, `{"engine": {<arguments of LLM>}}` first, then any of these:
+Connects to the Unix socket in argv[1], and reads a line of JSON each, `{"engine": {<arguments of LLM>}}` first, then
+any of these:
 
 - `{"jobs": [{"prompt": [ids], "adapter": …, …}], "max_tokens": n}`; a job's `extra` replaces its `extra_args`
 - `{"salted": false}`: blocks are hashed without our salt
+- `{"default": "tenant/adapter"}`: the configuration has this default adapter from now on; null removes it
 - `{"hidden": false}`: partners see requests with adapters
 - `{"connect": {<kv_transfer_config>}}`: another connector for this engine, as if it had started with it
 - `{"hooks": true}`: vLLM's hooks that take a request, of which partners are kept from some
@@ -13,43 +15,55 @@ Reads from stdin a line of JSON each, `{"engine": {<arguments of LLM>}}` first, 
 - `{"loaded": {<a job>}}`: what the blocks of a prefix hold after its load, as a digest
 - `{"forget": "blocks"}` (vLLM's prefix cache) or `"all"` (what the connectors remember too)
 
-Writes a line of JSON for each, on the descriptor in argv[1].
+Writes a line of JSON for each.
 """
 
 import json
 import os
+import socket
 import sys
 import time
 from typing import Any
 
 
 def main() -> None:
-    """Answers lines until stdin ends."""
-    answers = os.fdopen(int(sys.argv[1]), "w")
+    """Answers lines until the connection ends."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(sys.argv[1])
+        with connection.makefile() as questions, connection.makefile("w") as answers:
+            _answer(questions, answers)
+
+
+def _answer(questions: Any, answers: Any) -> None:
     from vllm import LLM
 
-    llm = LLM(**json.loads(sys.stdin.readline())["engine"])
+    llm = LLM(**json.loads(questions.readline())["engine"])
     _say(answers, {"ready": True})
-    for line in sys.stdin:
-        asked = json.loads(line)
-        if "salted" in asked:
-            _say(answers, _switch_salt(llm, asked["salted"]))
-        elif "hidden" in asked:
-            _say(answers, _switch_hiding(llm, asked["hidden"]))
-        elif "hooks" in asked:
-            _say(answers, _open_hooks())
-        elif "connect" in asked:
-            _say(answers, _connect(llm, asked["connect"]))
-        elif "metrics" in asked:
-            _say(answers, _metrics())
-        elif "series" in asked:
-            _say(answers, _series(llm, asked["series"], asked["shared"]))
-        elif "loaded" in asked:
-            _say(answers, _digest_loaded(llm, asked["loaded"]))
-        elif "forget" in asked:
-            _say(answers, _forget(llm, asked["forget"]))
-        else:
-            _say(answers, _run(llm, **asked))
+    for line in questions:
+        _say(answers, _done(llm, json.loads(line)))
+
+
+def _done(llm: Any, asked: dict[str, Any]) -> dict[str, Any] | list[list[float]]:
+    match asked:
+        case {"salted": salted}:
+            return _switch_salt(llm, salted)
+        case {"default": adapter}:
+            return _switch_default(llm, adapter)
+        case {"hidden": hidden}:
+            return _switch_hiding(llm, hidden)
+        case {"hooks": _}:
+            return _open_hooks()
+        case {"connect": transfer}:
+            return _connect(llm, transfer)
+        case {"metrics": _}:
+            return _metrics()
+        case {"series": readings, "shared": shared}:
+            return _series(llm, readings, shared)
+        case {"loaded": job}:
+            return _digest_loaded(llm, job)
+        case {"forget": what}:
+            return _forget(llm, what)
+    return _run(llm, **asked)
 
 
 def _say(answers: Any, what: Any) -> None:
@@ -104,6 +118,12 @@ def _switch_salt(llm: Any, salted: bool) -> dict[str, Any]:
     half = llm.llm_engine.engine_core.engine_core.scheduler.connector.half
     half._salts = Salts() if salted else _Unsalted()
     return {"reset": llm.reset_prefix_cache()}
+
+
+def _switch_default(llm: Any, adapter: str | None) -> dict[str, Any]:
+    half = llm.llm_engine.engine_core.engine_core.scheduler.connector.half
+    half._config = half._config.model_copy(update={"default_adapter": adapter})
+    return {"default": half._config.default_adapter}
 
 
 def _switch_hiding(llm: Any, hidden: bool) -> dict[str, Any]:

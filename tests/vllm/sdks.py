@@ -18,13 +18,11 @@ def row(model: str, question: dict[str, Any], *, header: str | None = None) -> d
 
 
 def called(
-    client: httpx.Client, key: str, sdk: str, *batches: Sequence[dict[str, Any]], alone: Sequence[str] = ()
+    client: httpx.Client, key: str, sdk: str, rows: Sequence[dict[str, Any]] = (), *, alone: Sequence[str] = ()
 ) -> Any:
-    """Returns an SDK's answers: for all rows of a batch sent together, batch by batch; for each model of `alone`; and
-    for a missing model.
-    """
+    """Returns an SDK's answers: for all rows, sent together; for each model of `alone`; and for a missing model."""
     url = str(client.base_url).rstrip("/")
-    asked = {"url": url, "key": key, "sdk": sdk, "batches": list(batches), "alone": list(alone)}
+    asked = {"url": url, "key": key, "sdk": sdk, "rows": list(rows), "alone": list(alone)}
     program = Path(__file__).with_name("callers.py")
     done = subprocess.run(
         [str(PYTHON), str(program)], input=json.dumps(asked) + "\n", check=False, capture_output=True, text=True

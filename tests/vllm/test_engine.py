@@ -11,7 +11,7 @@ from prefix_service.client import PrefixClient
 from tests.client.conftest import GPT2
 from tests.conftest import Server, running_server
 from tests.vllm.asking import TOKENS_SAID, Adapter, Asking, started
-from tests.vllm.conftest import publish
+from tests.vllm.publishing import publish
 from tests.vllm.reference import VOCABULARY, Reference
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers' own
@@ -76,6 +76,18 @@ def test_without_the_salt_one_would_get_anothers_blocks(asking: Asking) -> None:
     finally:
         assert asking.engine.ask({"salted": True}) == {"reset": True}
     asking.run(("c", "short"), ("d", "short"), (None, "short"))
+
+
+def test_the_default_adapter_answers_those_that_name_none(asking: Asking) -> None:
+    """With a default adapter, requests that name none say what PEFT says with it, beside others of their batch."""
+    try:
+        assert asking.engine.ask({"default": "acme/b@1"}) == {"default": "acme/b@1"}
+        outputs = asking.engine.run([asking.job(*row) for row in MIXED], TOKENS_SAID)["outputs"]
+    finally:
+        assert asking.engine.ask({"default": None}) == {"default": None}
+    for (adapter, prompt), output in zip(MIXED, outputs, strict=True):
+        asking.check(output, adapter or "b", prompt)
+    asking.run((None, "short"))
 
 
 def test_a_salt_of_the_requests_own_separates_too(asking: Asking) -> None:

@@ -21,8 +21,9 @@ import pytest
 from prefix_service.client import PrefixClient
 from tests.client.holding_proxy import Holder, holding_proxy
 from tests.conftest import Server
-from tests.vllm.conftest import publish, serving_adapters
+from tests.vllm.conftest import serving_adapters
 from tests.vllm.driver import openai_server, transfer_config
+from tests.vllm.publishing import publish
 from tests.vllm.reference import Reference
 from tests.vllm.tokenizer import save_tokenizer
 

@@ -2,50 +2,26 @@
 
 import gzip
 import json
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, Final
 
 import httpx
 import pytest
 
-import prefix_service.cli.demo
 from prefix_service.client.vllm.middleware import ROUTES
-from tests.conftest import Server, running_server
-from tests.vllm.conftest import publish
-from tests.vllm.driver import openai_server, transfer_config
-from tests.vllm.sdks import called, row
-from tests.vllm.smollm2 import smollm2
+from tests.vllm.served import ASKED, Served
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers' own
 
-_FOLDER: Final = Path(prefix_service.cli.demo.__file__).parent
-_ASKED: Final[dict[str, list[dict[str, Any]]]] = json.loads((_FOLDER / "questions.json").read_text())
-_KEY: Final = "for-tests"
-_ROWS: Final = [(name, question) for name in _ASKED for question in _ASKED[name][:3]] + [
-    (None, question) for question in _ASKED["capitals-json"][:3]
+_ROWS: Final = [(name, question) for name in ASKED for question in ASKED[name][:3]] + [
+    (None, question) for question in ASKED["capitals-json"][:3]
 ]
 
 
-@pytest.fixture(scope="module")
-def hosting(needs_vllm: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Yields a service with the demo's adapters."""
-    with running_server(tmp_path_factory.mktemp("smollm2-service") / "data") as server:
-        for name in _ASKED:
-            publish(server, f"demo/{name}", _FOLDER / "adapters" / name)
-        yield server
-
-
-@pytest.fixture(scope="module")
-def openai(hosting: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """Yields a client of vLLM's server, started as README starts it."""
-    model, folder = smollm2(tmp_path_factory), tmp_path_factory.mktemp("smollm2-server")
-    options = ("--middleware", "prefix_service.client.vllm.PrefixMiddleware", "--enable-scale-out", "--api-key", _KEY)
-    transfer = transfer_config(hosting.url, other_parameters=["do_remote_decode"])
-    with openai_server(folder, model, transfer, hosting.key("read", "demo"), *options) as client:
-        client.headers["Authorization"] = f"Bearer {_KEY}"
-        yield client
+@pytest.fixture
+def openai(served: Served) -> httpx.Client:
+    """Returns a client of vLLM's server."""
+    return served.client
 
 
 def _post(client: httpx.Client, path: str, adapter: Any, **more: Any) -> httpx.Response:
@@ -92,17 +68,6 @@ def test_completions_say_the_same(openai: httpx.Client) -> None:
         assert "".join(part["choices"][0]["text"] for part in parts) == answer["text"]
 
 
-@pytest.mark.parametrize("sdk", ["openai", "litellm"])
-def test_an_sdk_mixes_adapters_and_the_plain_model(openai: httpx.Client, sdk: str) -> None:
-    """Rows that are sent together, streamed and not, each get PEFT's text."""
-    rows = _ROWS[::3]
-    answered = called(openai, _KEY, sdk, [row(f"demo/{name}" if name else "model", asked) for name, asked in rows])
-    for (name, question), answer in zip(rows, answered["rows"], strict=True):
-        for call, told in answer.items():
-            said = question["without" if name is None else "with"]
-            assert call == "headers" or told["text"].strip() == said.strip(), (sdk, call, name)
-
-
 def test_what_is_wrong_with_an_adapter_is_told_before_the_engine(openai: httpx.Client) -> None:
     """The middleware answers 404 or 400 with the reason, in vLLM's form, and other requests go on."""
     name, question = _ROWS[0]
@@ -126,7 +91,7 @@ def test_what_is_wrong_with_an_adapter_is_told_before_the_engine(openai: httpx.C
 
 
 _NAME: Final = "capitals-json"
-_QUESTION: Final = _ASKED[_NAME][0]
+_QUESTION: Final = ASKED[_NAME][0]
 _PARAMS: Final = {"prefix_adapter": f"demo/{_NAME}@1"}
 _WITHOUT_ADAPTER: Final = frozenset({
     "/abort_requests", "/detokenize", "/generative_scoring", "/inference/v1/abort_requests", "/is_scaling_elastic_ep",

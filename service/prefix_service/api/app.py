@@ -13,8 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from prefix_service.api.dependencies.queries import require_known_parameters
 from prefix_service.api.http import problems
 from prefix_service.api.http.negotiation import require_json_acceptable
-from prefix_service.api.http.opaque import OpaqueNumbers
-from prefix_service.api.http.revisions import Revisions
+from prefix_service.api.http.opaque import OpaqueNumbers, Revisions
 from prefix_service.api.metrics.inference_statistics import InferenceStatistics
 from prefix_service.api.metrics.live import Live
 from prefix_service.api.metrics.metrics import Metrics
@@ -36,37 +35,41 @@ from prefix_service.api.routes import (
     changes,
     descriptions,
     front,
+    health,
     keys,
     live,
     mixed,
-    ops,
+    page_sessions,
     prefixes,
     publishing,
+    replicas,
     residency,
     tenants,
+    timeline,
     usage,
     version_statistics,
 )
 from prefix_service.api.routes.documentation import documented, operation_id, pages
 from prefix_service.api.routes.schemas import Problem
 from prefix_service.api.state import State
-from prefix_service.blobs.folder import FolderBlobStore
 from prefix_service.catalog.access import PROMPT
 from prefix_service.catalog.changes import Change
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.feed import ChangeFeed, Listener, call
 from prefix_service.catalog.keys import Keyring
+from prefix_service.catalog.replicas import Replicas
 from prefix_service.catalog.sessions import Sessions
 from prefix_service.catalog.usage import UsageStore
-from prefix_service.data_folder.opening import blob_folder, catalog_file
+from prefix_service.data_folder.opening import blob_store, catalog_place, replica_id
 from prefix_service.data_folder.readiness import Readiness, checks_of
-from prefix_service.library.composition import compose
+from prefix_service.library.fleet import Fleet
 from prefix_service.library.known_keys import KnownKeys
 from prefix_service.library.page_sessions import PageSessions
 from prefix_service.library.plan import Limits
 from prefix_service.library.shared_files import SharedFiles
 from prefix_service.library.unknown_ids import UnknownIds
 from prefix_service.library.watching import Watchers
+from prefix_service.library.wiring import compose
 from prefix_service.registry.admission import Admission
 from prefix_service.registry.registry import AdapterRegistry, choose_device
 from prefix_service.settings import Settings
@@ -96,8 +99,7 @@ class App(FastAPI):
 
     def setup(self) -> None:
         """Add the public pages. Each is made once, at its first request; FastAPI makes them for every request."""
-        for path, page in pages(self).items():
-            self.add_route(path, page, include_in_schema=False)
+        self.router.routes.extend(pages(self))
 
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:
@@ -111,13 +113,18 @@ def create_app(settings: Settings, metrics: Metrics | None = None) -> App:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: App) -> AsyncIterator[None]:
-        database = Database(catalog_file(settings.data_dir), PROMPT, read_only=settings.read_only)
+        database = Database(catalog_place(settings), PROMPT, read_only=settings.read_only)
         try:
             with _shared_files(settings) as shared_files:
                 state, feed = _compose(settings, database, metrics, shared_files)
                 app.open(state)
                 with feed.followed(), state.known_keys.running():
-                    async with metrics.sampled(), state.live.sampled(), state.usage_counts.running():
+                    async with (
+                        metrics.sampled(),
+                        state.live.sampled(),
+                        state.usage_counts.running(),
+                        state.fleet.running(),
+                    ):
                         yield
         finally:
             database.close()
@@ -139,12 +146,13 @@ def create_app(settings: Settings, metrics: Metrics | None = None) -> App:
     app.include_router(descriptions.router)
     app.include_router(version_statistics.router)
     app.include_router(changes.router)
-    app.include_router(ops.router)
+    app.include_router(health.router)
     app.include_router(front.router)
+    app.include_router(page_sessions.router)
     app.include_router(live.router)
     app.include_router(inference_v2.router)
     app.include_router(inference_v2_extensions.router)
-    for room in (publishing, adapters, aliases, residency, tenants, keys, audit, usage):
+    for room in (publishing, adapters, aliases, residency, tenants, keys, audit, usage, timeline, replicas):
         app.include_router(room.router, dependencies=[Depends(require_json_acceptable)])
     app.add_middleware(StrictPathMiddleware)
     return app
@@ -187,7 +195,7 @@ def _compose(
     metrics.watch(registry.tiers, admission.report)
     numbers = Live(metrics.place)
     numbers.watch(registry.tiers, admission.requests)
-    blobs = FolderBlobStore(blob_folder(settings.data_dir), read_only=settings.read_only)
+    blobs = blob_store(settings)
     keyring = Keyring(database, settings.secret_file)
     cases = compose(database, keyring, blobs, registry, limits, admission, shared_files)
     feed = cases.feed
@@ -198,7 +206,11 @@ def _compose(
     rates = RateLimits(cases.tenancy.requests_per_second, lambda: feed.are_known)
     statistics = InferenceStatistics()
     usage_counts = UsageCounts(None if settings.read_only else UsageStore(database).add)
-    readiness = Readiness(checks_of(settings, database, blobs))
+    readiness = Readiness(checks_of(settings, database, blobs, lambda: feed.are_known))
+    beats = None
+    if settings.catalog_url is not None and not settings.read_only:
+        beats = Replicas(database, replica_id(settings.data_dir))
+    fleet = Fleet(beats, feed, registry, rates.divide, address=settings.advertise, release=version("prefix-service"))
     watchers = Watchers(database, settings.max_watchers)
     # Watchers last: when they wake, a revoked key is known to be.
     for listening in (cases.residency, cases.publisher, known_keys, rates, statistics, usage_counts, watchers):
@@ -222,9 +234,11 @@ def _compose(
         live=numbers,
         answers=Answers(cases.library),
         version_statistics=cases.statistics,
+        timelines=cases.timelines,
         inference_statistics=statistics,
         usage_counts=usage_counts,
         readiness=readiness,
+        fleet=fleet,
         revisions=Revisions(keyring.derived),
         watchers=watchers,
     )

@@ -5,8 +5,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
-from prefix_service.api.http.opaque import OpaqueNumbers
-from prefix_service.api.http.revisions import Revisions
+from prefix_service.api.http.opaque import OpaqueNumbers, Revisions
 from prefix_service.api.metrics.inference_statistics import InferenceStatistics
 from prefix_service.api.metrics.live import Live
 from prefix_service.api.metrics.metrics import Metrics
@@ -16,6 +15,7 @@ from prefix_service.api.middleware.rates import RateLimits
 from prefix_service.api.middleware.usage_counts import UsageCounts
 from prefix_service.data_folder.readiness import Readiness
 from prefix_service.library.adapters import Adapters
+from prefix_service.library.fleet import Fleet
 from prefix_service.library.following import Following
 from prefix_service.library.known_keys import KnownKeys
 from prefix_service.library.library import Library
@@ -25,6 +25,7 @@ from prefix_service.library.publishing import Publisher
 from prefix_service.library.residency import Residency
 from prefix_service.library.statistics import VersionStatistics
 from prefix_service.library.tenancy import Tenancy
+from prefix_service.library.timeline import Timelines
 from prefix_service.library.watching import Watchers
 from prefix_service.registry.admission import Admission
 from prefix_service.settings import Settings
@@ -52,9 +53,11 @@ class State:
     live: Live
     answers: Answers
     version_statistics: VersionStatistics
+    timelines: Timelines
     inference_statistics: InferenceStatistics
     usage_counts: UsageCounts
     readiness: Readiness
+    fleet: Fleet
     revisions: Revisions
     watchers: Watchers
 

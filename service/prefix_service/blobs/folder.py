@@ -5,23 +5,29 @@ import fcntl
 import hashlib
 import logging
 import os
-import re
-import tempfile
+import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, Final
 
+from prefix_service.blobs.names import damaged, digest_at, path_of
 from prefix_service.blobs.port import Allocate, ChunkObserver, StoredBlob
 from prefix_service.blobs.reading import PIECE, digest_of, pieces
-from prefix_service.blobs.staged import StagedFile
+from prefix_service.blobs.staged import StagedFile, StagingFolder
 from prefix_service.errors import CorruptBlob, NotFound, ReadOnly, Unavailable
-from prefix_service.system.disk import PRIVATE_FOLDER, private_opener, require_writable, sync_folder, translated
+from prefix_service.system.disk import (
+    PRIVATE_FOLDER,
+    private_opener,
+    require_writable,
+    sync_folder,
+    translated,
+    write_private,
+)
 from prefix_service.system.host_memory import host_memory
 from prefix_service.system.locks import locked
 
 log = logging.getLogger("prefix_service")
 
-_DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
 _REMOVED_TOGETHER: Final = 50
 
 
@@ -38,14 +44,28 @@ class FolderBlobStore:
 
     def __init__(self, root: Path, *, read_only: bool = False) -> None:
         self._root, self._read_only = root, read_only
-        self._staging, self._quarantine = root / "staging", root / "quarantine"
+        self._staging, self._quarantine = StagingFolder(root / "staging"), root / "quarantine"
         self._flushed: set[Path] = set()  # folders whose own entry is certainly on disk
         if read_only:
             return
         with translated("make the blob folder"):
-            for folder in (root, self._staging, self._quarantine):
+            for folder in (root, self._staging.path, self._quarantine):
                 folder.mkdir(PRIVATE_FOLDER, parents=True, exist_ok=True)
             sync_folder(root.parent)
+
+    @property
+    def identity(self) -> str:
+        """The random id that the folder keeps, and that all who share the folder find.
+
+        Raises:
+            StorageFailed, OutOfSpace: the disk refused.
+        """
+        path = self._root / "id"
+        with translated(f"read {path}"):
+            if not path.exists() and not self._read_only:
+                with contextlib.suppress(FileExistsError):  # another replica was faster
+                    write_private(path, f"folder {secrets.token_hex(8)}")
+            return path.read_text().strip()
 
     def check(self) -> None:
         """Checks that blobs can be read and written now.
@@ -56,7 +76,7 @@ class FolderBlobStore:
         """
         self._require_reachable()
         if not self._read_only:
-            require_writable(self._staging, "the blob folder")
+            require_writable(self._staging.path, "the blob folder")
 
     def sweep(self, older_than: float) -> int:
         """Removes unfinished uploads that were last written at least `older_than` seconds ago; returns their number.
@@ -64,9 +84,7 @@ class FolderBlobStore:
         Raises:
             OutOfSpace, Unavailable, StorageFailed: the disk refused.
         """
-        limit = self._now() - older_than
-        with translated("sweep unfinished uploads"):
-            return sum(_remove_unless_written(path, limit) for path in self._staging.iterdir())
+        return self._staging.sweep(older_than)
 
     def listed(self) -> Iterator[StoredBlob]:
         """Yields every blob, in no order; ignores other files in the folder.
@@ -74,7 +92,7 @@ class FolderBlobStore:
         Raises:
             StorageFailed: the disk refused.
         """
-        now = self._now()
+        now = self._staging.now()
         for folder in sorted(self._root.glob("[0-9a-f][0-9a-f]")):
             with translated(f"list the blobs in {folder.name}"):
                 found = list(_stored(folder, now))
@@ -114,7 +132,7 @@ class FolderBlobStore:
         Raises:
             StorageFailed: the disk refused; some blobs may be removed.
         """
-        limit = self._now() - older_than
+        limit = self._staging.now() - older_than
         gone = set()
         for begin in range(0, len(digests), _REMOVED_TOGETHER):
             with translated("remove blobs"), self._locked(fcntl.LOCK_EX):
@@ -125,11 +143,6 @@ class FolderBlobStore:
                             path.unlink()
                             gone.add(digest)
         return gone
-
-    def _now(self) -> float:
-        """Returns the file system's time, which can differ from this machine's."""
-        with translated("read the time of the blob folder"), tempfile.TemporaryFile(dir=self._staging) as probe:
-            return os.fstat(probe.fileno()).st_mtime
 
     def _locked(self, how: int) -> contextlib.AbstractContextManager[int]:
         """Holds the store's lock: `fcntl.LOCK_SH` excludes removals, `fcntl.LOCK_EX` excludes commits too."""
@@ -159,10 +172,7 @@ class FolderBlobStore:
         """
         if self._read_only:
             raise ReadOnly("this service is read-only (--read-only): publish to the one that writes")
-        with translated("begin a blob"):
-            handle, name = tempfile.mkstemp(dir=self._staging)
-            fcntl.flock(handle, fcntl.LOCK_SH)  # held until the file is closed, so that no sweep removes it
-            return StagedFile(os.fdopen(handle, "w+b"), Path(name), self._place)
+        return self._staging.stage(self._place)
 
     def read(self, digest: str, allocate: Allocate = host_memory, observer: ChunkObserver | None = None) -> memoryview:
         """Returns all bytes of a blob, verified, in memory from `allocate`.
@@ -244,11 +254,7 @@ class FolderBlobStore:
         """
         kept = self._quarantined(self.path(digest), file)
         log.error("blob damaged", extra={"digest": digest, "kept": kept})
-        return CorruptBlob(
-            f"the stored bytes of {digest} no longer match their digest; publish the same files again to mend the "
-            "version",
-            retry_after=60,
-        )
+        return damaged(digest)
 
     def _quarantined(self, path: Path, file: BinaryIO) -> str:
         """Moves a damaged file to the quarantine, unless the disk is read-only; returns its path."""
@@ -266,28 +272,11 @@ class FolderBlobStore:
         Raises:
             NotFound: `digest` is malformed.
         """
-        if not _DIGEST.fullmatch(digest):
-            raise NotFound(f"{digest!r:.100} is not a digest")
-        name = digest.removeprefix("sha256:")
-        return self._root / name[:2] / name
+        return self._root / path_of(digest)
 
 
 def _stored(folder: Path, now: float) -> Iterator[StoredBlob]:
     for entry in os.scandir(folder):
-        digest = f"sha256:{entry.name}"
         with contextlib.suppress(FileNotFoundError):
-            if _DIGEST.fullmatch(digest):
+            if digest := digest_at(entry.name):
                 yield StoredBlob(digest, entry.stat().st_size, now - entry.stat().st_mtime)
-
-
-def _remove_unless_written(path: Path, limit: float) -> bool:
-    """Removes a file that was last written before `limit`, unless a process is writing it.
-
-    Returns whether it is removed.
-    """
-    with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(file.fileno()).st_mtime <= limit:
-            path.unlink()
-            return True
-    return False

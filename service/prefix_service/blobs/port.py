@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import BinaryIO, Protocol
 
 Allocate = Callable[[int], memoryview]
@@ -34,11 +35,17 @@ class StagedBlob(Protocol):
 
 
 class BlobStore(Protocol):
-    """The interface of a blob store that the library needs."""
+    """The interface of a blob store that the library needs.
 
+    `identity` names where the blobs are: a catalog belongs to the blobs of one place.
+    """
+
+    @property
+    def identity(self) -> str: ...
     def stage(self) -> StagedBlob: ...
     def read(self, digest: str, allocate: Allocate = ..., observer: ChunkObserver | None = None) -> memoryview: ...
     def open(self, digest: str) -> BinaryIO: ...
+    def copy(self, digest: str, target: Path) -> int: ...
     def exists(self, digest: str) -> bool: ...
     def check(self) -> None: ...
     def listed(self) -> Iterator[StoredBlob]: ...

@@ -1,8 +1,10 @@
-"""A blob while it is written to a temporary file."""
+"""Blobs while they are written to temporary files."""
 
 import contextlib
+import fcntl
 import hashlib
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -68,3 +70,53 @@ class StagedFile:
             self._file.close()
         with contextlib.suppress(OSError):  # a sweep removes a file that stays
             self._path.unlink()
+
+
+class StagingFolder:
+    """A folder of blobs that are being written. A file is locked until it is closed, so that no sweep removes it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def stage(self, place: Callable[[Path, str], object]) -> StagedFile:
+        """Begins a blob, which `place` moves to where the blobs are.
+
+        Raises:
+            OutOfSpace, Unavailable, StorageFailed: the disk refused.
+        """
+        with translated("begin a blob"):
+            handle, name = tempfile.mkstemp(dir=self.path)
+            fcntl.flock(handle, fcntl.LOCK_SH)
+            return StagedFile(os.fdopen(handle, "w+b"), Path(name), place)
+
+    def sweep(self, older_than: float) -> int:
+        """Removes unfinished files that were last written at least `older_than` seconds ago; returns their number.
+
+        Raises:
+            OutOfSpace, Unavailable, StorageFailed: the disk refused.
+        """
+        limit = self.now() - older_than
+        with translated("sweep unfinished uploads"):
+            return sum(_remove_unless_written(path, limit) for path in self.path.iterdir())
+
+    def now(self) -> float:
+        """Returns the file system's time, which can differ from this machine's.
+
+        Raises:
+            OutOfSpace, Unavailable, StorageFailed: the disk refused.
+        """
+        with translated("read the time of the blob folder"), tempfile.TemporaryFile(dir=self.path) as probe:
+            return os.fstat(probe.fileno()).st_mtime
+
+
+def _remove_unless_written(path: Path, limit: float) -> bool:
+    """Removes a file that was last written before `limit`, unless a process is writing it.
+
+    Returns whether it is removed.
+    """
+    with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(file.fileno()).st_mtime <= limit:
+            path.unlink()
+            return True
+    return False

@@ -14,7 +14,8 @@ from sqlalchemy import event
 from sqlalchemy.exc import DataError, DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from prefix_service.errors import InvalidRequest, OutOfSpace, StorageFailed
+from prefix_service.catalog.url import shown
+from prefix_service.errors import InvalidInput, InvalidRequest, OutOfSpace, StorageFailed
 from prefix_service.system.disk import make_private
 from prefix_service.system.disk import translated as translated_files
 
@@ -35,10 +36,27 @@ PROMPT: Final = Patience(reads=1, writes=2, turn=5)
 """For requests: an answer that says "not now" is better than none."""
 
 READERS: Final = 8
-"""Transactions that read at a time, and that a hanging disk can keep."""
+"""Transactions that read a SQLite file at a time, and that a hanging disk can keep."""
 
-_WRITERS: Final = {"sqlite": 1, "postgresql": 8}
+# One reader more than requests may have: `glancing` keeps it. On PostgreSQL, where connections are dear, a process has
+# five, and one apart from these.
+_READERS: Final = {"sqlite": READERS + 1, "postgresql": 3}
+_WRITERS: Final = {"sqlite": 1, "postgresql": 2}
 _REFUSING: Final = 1.0  # seconds
+
+_REASONS: Final = {
+    "25006": "the catalog's server accepts no changes now, as a standby does",
+    "53300": "the catalog's server has no free connection",
+    "55P03": "the catalog is locked by another transaction",
+    "57014": "the catalog has not answered in time",
+    "57P01": "the catalog's server is shutting down",
+    "57P02": "the catalog's server is shutting down",
+    "57P03": "the catalog's server is starting or shutting down",
+}
+"""What is said of errors of PostgreSQL, by their SQLSTATE."""
+
+_UNDONE: Final = {"40001", "40P01", "57P01", "57P02"}
+"""SQLSTATEs of transactions that are undone, and that may succeed if they are tried again immediately."""
 
 
 def engine_of(place: Path | str, patience: Patience, *, writes: bool, read_only: bool) -> sa.Engine:
@@ -63,24 +81,34 @@ def _sqlite(path: Path, patience: Patience, *, writes: bool, read_only: bool) ->
 
 
 def _postgresql(url: str, patience: Patience, *, writes: bool) -> sa.Engine:
-    seconds = patience.writes if writes else patience.reads
-    # A statement that only reads and takes this long has no reader any more; a deletion may take longer.
-    bound = "lock_timeout" if writes else "statement_timeout"
-    arguments = {
-        "options": f"-c timezone=utc -c {bound}={int(1000 * seconds)}",
-        "connect_timeout": max(2, int(seconds)),  # libpq takes no less
-    }
     # The ping is a round trip; without it a restarted server would fail the first request of each idle process.
-    pool = _pool("postgresql", patience, writes=writes)
-    engine = sa.create_engine(url, connect_args=arguments, pool_pre_ping=True, **pool)
+    pool = _pool("postgresql", patience, writes=writes) | {"pool_pre_ping": True}
     if writes:
-        return engine
-    return engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+        # A deletion may take longer than others wait for its locks.
+        return _engine(url, statements=2 * patience.writes, locks=patience.writes, **pool)
+    # A statement that takes this long has no reader any more.
+    made = _engine(url, statements=patience.reads, locks=patience.reads, **pool)
+    return made.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+
+
+def apart_of(url: str, patience: Patience) -> sa.Engine:
+    """Make the engine of PostgreSQL's connections that are kept for long, outside of transactions."""
+    engine = _engine(url, statements=patience.reads, locks=patience.reads, poolclass=sa.NullPool)
+    return engine.execution_options(isolation_level="AUTOCOMMIT")
+
+
+def _engine(url: str, **options: Any) -> sa.Engine:
+    try:
+        from prefix_service.catalog.postgres import engine
+    except ModuleNotFoundError as error:
+        if error.name != "psycopg":
+            raise
+        raise InvalidInput("a catalog on PostgreSQL needs psycopg: pip install 'prefix-service[fleet]'") from error
+    return engine(url, **options)
 
 
 def _pool(dialect: str, patience: Patience, *, writes: bool) -> dict[str, Any]:
-    # One reader more than requests may have: `glancing` keeps it.
-    size, seconds = (_WRITERS[dialect], patience.turn) if writes else (READERS + 1, patience.reads)
+    size, seconds = (_WRITERS[dialect], patience.turn) if writes else (_READERS[dialect], patience.reads)
     return {"poolclass": sa.QueuePool, "pool_size": size, "max_overflow": 0, "pool_timeout": seconds}
 
 
@@ -162,4 +190,31 @@ def refused(error: BaseException | None) -> StorageFailed:
         return StorageFailed(
             "a crash cut a change of the catalog short: start a service without --read-only on it once, which undoes it"
         )
-    return StorageFailed(f"the catalog refused: {type(error).__name__}")
+    state = getattr(error, "sqlstate", "")
+    if state is None:  # of psycopg, and not from the server
+        return StorageFailed("the catalog cannot be reached")
+    return StorageFailed(_REASONS.get(state, f"the catalog refused: {type(error).__name__}"))
+
+
+def can_try_again(failure: StorageFailed) -> bool:
+    """Returns whether a transaction that failed before its commit is worth another try immediately."""
+    cause = failure.__cause__
+    if not isinstance(cause, DBAPIError):
+        return False
+    state = getattr(cause.orig, "sqlstate", "")
+    # One that waited in vain would wait again.
+    return state in _UNDONE or (cause.connection_invalidated and type(cause.orig).__name__ != "NoAnswer")
+
+
+def explained(failure: StorageFailed, url: str) -> StorageFailed:
+    """Returns the failure to open a catalog at a URL with all that the driver said, for who starts the service. The
+    driver's words hold no password; should they ever, it is taken out."""
+    cause = failure.__cause__
+    if not isinstance(cause, DBAPIError):
+        return failure
+    text = " ".join(str(cause.orig).split())
+    parts = sa.make_url(url)
+    for secret in (parts.password, parts.query.get("password")):
+        if isinstance(secret, str) and secret:
+            text = text.replace(secret, "***")
+    return StorageFailed(f"the catalog {shown(url)} cannot be used: {text}")

@@ -8,9 +8,11 @@ import sqlalchemy as sa
 
 from prefix_service.catalog.authority import writing_for
 from prefix_service.catalog.database import Database, afterwards
-from prefix_service.catalog.records import PLATFORM, AuditEntry, Principal
+from prefix_service.catalog.records import PLATFORM, AuditEntry, Principal, VersionName
 from prefix_service.catalog.schema import audit, keys, tenants
 from prefix_service.errors import NotFound
+
+_EXAMINED: Final = 100_000  # the latest changes of a tenant, among which those of one version are looked for
 
 log = logging.getLogger("prefix_service")
 
@@ -68,3 +70,19 @@ class AuditLog:
                     raise NotFound(f"there is no tenant {tenant!r}")
                 query = query.where(audit.c.tenant_id == owner)
             return [AuditEntry(*row) for row in connection.execute(query)]
+
+    def of_version(self, version: VersionName, limit: int) -> list[AuditEntry]:
+        """Returns up to `limit` changes of a version, newest first: of itself, and of the aliases that began or ceased
+        to name it. Only the latest 100,000 changes of its tenant are examined."""
+        of_adapter = f"{version.tenant}/{version.adapter}@"
+        owner = sa.select(tenants.c.id).where(tenants.c.name == version.tenant).scalar_subquery()
+        latest = sa.select(audit.c.id).where(audit.c.tenant_id == owner).order_by(audit.c.id.desc())
+        first = sa.func.coalesce(latest.offset(_EXAMINED - 1).limit(1).scalar_subquery(), 0)
+        moved = audit.c.action.in_(("alias.moved", "alias.deleted")) & audit.c.target.startswith(
+            of_adapter, autoescape=True
+        )
+        named = audit.c.details["version"].as_integer(), audit.c.details["before"].as_integer()
+        concerns = (audit.c.target == str(version)) | (moved & sa.or_(*(number == version.number for number in named)))
+        query = ENTRY.where(audit.c.tenant_id == owner, audit.c.id >= first, concerns)
+        with self._database.reading() as connection:
+            return [AuditEntry(*row) for row in connection.execute(query.order_by(audit.c.id.desc()).limit(limit))]

@@ -7,17 +7,17 @@ import sqlalchemy as sa
 
 from prefix_service.catalog.database import Database, now
 from prefix_service.catalog.records import Principal
-from prefix_service.catalog.schema import keys, tenants
+from prefix_service.catalog.schema import keys, sessions, tenants
 from prefix_service.errors import NotFound, Unauthenticated
 
 
 @contextlib.contextmanager
 def writing_for(database: Database, by: Principal, *, frees: bool = False) -> Iterator[sa.Connection]:
     """Open a write transaction for `by`, which may free space as `Database.writing` says. Until it ends, nobody can
-    revoke the key, or delete the tenant acted on.
+    revoke the key, end the session, or delete the tenant acted on.
 
     Raises:
-        Unauthenticated: the key was revoked or has expired since its request began.
+        Unauthenticated: the key was revoked or has expired since its request began, or its session was ended.
         NotFound: the tenant that the request named has been deleted since.
         InvalidRequest, OutOfSpace, StorageFailed: as `Database.writing`.
     """
@@ -55,6 +55,10 @@ def _prove(connection: sa.Connection, by: Principal, *, held: bool) -> None:
         same = (keys.c.id == by.key_id, keys.c.tenant_id == by.tenant_id, keys.c.scope == by.scope)
         if not _found(connection, sa.select(keys.c.id).where(*same, alive), held, key_share=True):
             raise Unauthenticated("the key has expired or was revoked while the request was under way")
+    if by.session is not None:
+        begun = sa.select(sessions.c.hash).where(sessions.c.hash == by.session, sessions.c.key_id == by.key_id)
+        if not _found(connection, begun, held, key_share=True):
+            raise Unauthenticated("the session was ended while the request was under way: sign in again")
     if not exists:
         raise NotFound("the tenant was deleted while the request was under way")
 

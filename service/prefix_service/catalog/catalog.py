@@ -22,10 +22,11 @@ from prefix_service.catalog.database import Database, insert
 from prefix_service.catalog.deletions import hide_adapter, let_go
 from prefix_service.catalog.descriptions import nbytes_of, store
 from prefix_service.catalog.freed import note
-from prefix_service.catalog.records import SERVICE, NewVersion, Principal, Room, Version
+from prefix_service.catalog.quotas import Room, require_room_for_version, room
+from prefix_service.catalog.records import SERVICE, NewVersion, Principal, Version
 from prefix_service.catalog.rows import VERSION, aliases_of, find_adapter, missing, version_of
 from prefix_service.catalog.schema import adapters, aliases, numbers, tenants, versions
-from prefix_service.catalog.tenants import count, lock, make, require_room_for_version, room
+from prefix_service.catalog.tenants import count, lock, make
 from prefix_service.errors import Conflict, NotFound, PreconditionFailed
 from prefix_service.prefix.description import EMPTY, Description
 from prefix_service.prefix.references import Reference
@@ -126,12 +127,13 @@ class Catalog:
             announce(connection, VersionPublished(tenant, adapter, number, new.digest))
             return _required(_one(connection, adapter_id, versions.c.number == number)), True
 
-    def abandon(self, tenant: str, adapter: str, digest: str, nbytes: int) -> None:
-        """Counts the stored bytes of a version that did not come into being, like those of one that was deleted."""
+    def abandon(self, tenant_id: int, adapter: str, digest: str, nbytes: int) -> None:
+        """Counts the stored bytes of a version that did not come into being, like those of one that was deleted. The
+        tenant is named by its id: one that was made again under the same name has stored nothing."""
         with self._database.writing() as connection:
-            owner = connection.scalar(sa.select(tenants.c.id).where(tenants.c.name == tenant))
-            if owner is not None and _same(connection, owner, adapter, digest) is None:
-                note(connection, {owner: nbytes})
+            present = sa.select(tenants.c.id).where(tenants.c.id == tenant_id, sa.not_(tenants.c.deleted))
+            if connection.scalar(present) is not None and _same(connection, tenant_id, adapter, digest) is None:
+                note(connection, {tenant_id: nbytes})
 
     def resolve(self, tenant: str, reference: Reference) -> Version:
         """The version that a reference means now.
@@ -210,7 +212,7 @@ class Catalog:
                 raise NotFound(f"there is no {tenant}/{adapter}@{number}")
             current = _require_target(connection, adapter_id, alias, expected)
             if current is None:
-                _require_room_for_alias(connection, adapter_id, f"{tenant}/{adapter}")
+                _require_fewer_aliases(connection, adapter_id, f"{tenant}/{adapter}")
             if current != number:
                 moved = {"number": number, "previous": current}
                 values = insert(connection, aliases).values(adapter_id=adapter_id, name=alias, **moved)
@@ -305,7 +307,7 @@ def _require_no_alias(connection: sa.Connection, adapter_id: int, number: int, r
         raise Conflict(f"alias {', '.join(pointing)} points at {reference}: move it first")
 
 
-def _require_room_for_alias(connection: sa.Connection, adapter_id: int, adapter: str) -> None:
+def _require_fewer_aliases(connection: sa.Connection, adapter_id: int, adapter: str) -> None:
     found = connection.scalar(sa.select(sa.func.count()).where(aliases.c.adapter_id == adapter_id)) or 0
     if found >= MOST_ALIASES:
         raise Conflict(f"{adapter} has {found} aliases, and may have {MOST_ALIASES}: delete one first")

@@ -19,6 +19,9 @@ from prefix_service.catalog.records import Principal
 from prefix_service.catalog.schema import catalog, changes, tenants
 from prefix_service.errors import Gone
 
+CHANNEL: Final = "prefix_changes"
+"""The channel on which PostgreSQL notifies others of a commit with changes. It carries nothing else."""
+
 
 @dataclass(frozen=True, slots=True)
 class Change:
@@ -220,18 +223,30 @@ def announce(connection: sa.Connection, change: TenantChange | KeyChange | Adapt
     connection.get_execution_options()["announced"].append((tenant_id, change))
 
 
-def store(connection: sa.Connection, announced: Sequence[tuple[int | None, Change]]) -> int:
-    """Store what a transaction has announced, each with its tenant's id; returns the revision of the last, 0 without
-    any. The end of the transaction follows: other writers wait for the row of `catalog`."""
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What a transaction stored: the revision of its last change, and on PostgreSQL its own id."""
+
+    revision: int
+    transaction: str | None
+
+
+def store(connection: sa.Connection, announced: Sequence[tuple[int | None, Change]]) -> Stored | None:
+    """Store what a transaction has announced, each with its tenant's id; returns None without any. The end of the
+    transaction follows: other writers wait for the row of `catalog`. On PostgreSQL its commit notifies the others."""
     if not announced:
-        return 0
+        return None
     taken = sa.update(catalog).values(revision=catalog.c.revision + len(announced))
-    last: int = connection.execute(taken.returning(catalog.c.revision)).scalar_one()
+    is_server = connection.dialect.name == "postgresql"
+    own_id = sa.cast(sa.func.pg_current_xact_id(), sa.Text) if is_server else sa.null()
+    last, transaction = connection.execute(taken.returning(catalog.c.revision, own_id)).one()
     first = last - len(announced) + 1
     for revision, (tenant_id, change) in enumerate(announced, first):
         row = {"kind": change.kind, "tenant_id": tenant_id, **dataclasses.asdict(change)}
         connection.execute(sa.insert(changes).values(revision=revision, **row))
-    return last
+    if is_server:
+        connection.execute(sa.select(sa.func.pg_notify(CHANNEL, "")))
+    return Stored(last, transaction)
 
 
 def revision_of(connection: sa.Connection) -> int:

@@ -3,16 +3,27 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from datetime import datetime
-from functools import partial
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Final, TypeAlias
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
-from prefix_service.catalog.access import PATIENT, Access, Patience, engine_of, refused, translated
-from prefix_service.catalog.changes import Change, revision_of, store
+from prefix_service.catalog.access import (
+    PATIENT,
+    PROMPT,
+    Access,
+    Patience,
+    apart_of,
+    can_try_again,
+    engine_of,
+    explained,
+    translated,
+)
+from prefix_service.catalog.changes import Change, Stored, store
+from prefix_service.catalog.glances import Glances, glances_of
 from prefix_service.catalog.records import Principal
+from prefix_service.catalog.url import shown
 from prefix_service.errors import ReadOnly, StorageFailed
 from prefix_service.system.reserve import Reserve, reserve_file
 
@@ -39,10 +50,14 @@ class Database:
         self._reads = Access(engine_of(place, patience, writes=False, read_only=read_only), patience.reads)
         self._writes = Access(engine_of(place, patience, writes=True, read_only=read_only), patience.writes)
         self._reserve = Reserve(reserve_file(place)) if isinstance(place, Path) else None
+        self._apart = None if isinstance(place, Path) else apart_of(place, patience)
         self._read_only = read_only
         self._after_writes: list[Callable[[int, list[Change]], object]] = []
         try:
             self._migrate(place)
+        except StorageFailed as error:
+            self.close()
+            raise (error if isinstance(place, Path) else explained(error, place)) from error.__cause__
         except BaseException:
             self.close()
             raise
@@ -55,8 +70,12 @@ class Database:
             InvalidRequest: a value that the database cannot hold.
             StorageFailed: the database refused, or did not answer in time.
         """
-        with self._reads.connected() as connection, connection.begin():
-            yield connection
+        try:
+            with self._reads.connected() as connection, connection.begin():
+                yield connection
+        except StorageFailed as error:
+            error.is_undone |= can_try_again(error)
+            raise
 
     @contextlib.contextmanager
     def writing(self, by: Principal | None = None, *, frees: bool = False) -> Iterator[sa.Connection]:
@@ -74,19 +93,46 @@ class Database:
             raise ReadOnly("this service is read-only (--read-only): send changes to the one that writes")
         calls: list[Callable[[], object]] = []
         announced: list[tuple[int | None, Change]] = []
-        with contextlib.ExitStack() as stack:
-            plain = stack.enter_context(self._writes.connected())
-            if frees and self._reserve is not None:
-                stack.enter_context(self._reserve.lent())
-            connection = plain.execution_options(afterwards=calls, by=by, announced=announced)
-            stack.enter_context(connection.begin())
-            yield connection
-            last = store(connection, announced)
+        stored: Stored | None = None
+        is_ending = False
+        try:
+            with contextlib.ExitStack() as stack:
+                plain = stack.enter_context(self._writes.connected())
+                if frees and self._reserve is not None:
+                    stack.enter_context(self._reserve.lent())
+                connection = plain.execution_options(afterwards=calls, by=by, announced=announced)
+                stack.enter_context(connection.begin())
+                yield connection
+                stored = store(connection, announced)
+                is_ending = True
+        except StorageFailed as error:
+            if not is_ending:
+                error.is_undone |= can_try_again(error)
+                raise
+            self._require_committed(stored, error)
         for call in calls:
             call()
-        if announced:
+        if stored is not None:
             for follow in self._after_writes:
-                follow(last, [change for _, change in announced])
+                follow(stored.revision, [change for _, change in announced])
+
+    def _require_committed(self, stored: Stored | None, failure: StorageFailed) -> None:
+        """Returns if a transaction was committed whose reply got lost: PostgreSQL remembers how its transactions ended.
+
+        Raises:
+            StorageFailed: the failure; `is_undone` says that the transaction was not committed.
+        """
+        if stored is None or stored.transaction is None:
+            raise failure
+        query = sa.text("SELECT pg_xact_status(CAST(:id AS xid8))")
+        try:
+            with self._reads.connected() as connection, connection.begin():
+                status = connection.execute(query, {"id": stored.transaction}).scalar_one()
+        except StorageFailed:
+            status = None
+        if status != "committed":
+            failure.is_undone = status == "aborted"
+            raise failure
 
     def after_writes(self, call: Callable[[int, list[Change]], object]) -> None:
         """Call this with the changes of every write transaction of this process that is durable, and the revision of
@@ -94,28 +140,31 @@ class Database:
         self._after_writes.append(call)
 
     @contextlib.contextmanager
-    def glancing(self) -> Iterator[Callable[[], bool]]:
-        """Yields a function that returns whether anything may have changed since its last call; it belongs to one
-        thread. A call is one statement without a transaction: on SQLite `PRAGMA data_version`, which another
-        connection's commit changes, on PostgreSQL the catalog's revision.
+    def glancing(self) -> Iterator[Glances]:
+        """Yields looks at whether anything may have changed; they belong to one thread, and have a connection of their
+        own.
 
         Raises:
             StorageFailed: the database refused.
         """
-        last: int | None = None
-        with translated(), self._reads.engine.connect() as connection:
-            look = partial(_data_version, connection.connection.driver_connection)
-            if connection.dialect.name != "sqlite":
-                connection.execution_options(isolation_level="AUTOCOMMIT")
-                look = partial(revision_of, connection)
+        with translated(), (self._apart or self._reads.engine).connect() as connection:
+            yield glances_of(connection)
 
-            def may_have_changed() -> bool:
-                nonlocal last
-                found = look()
-                changed, last = found != last, found
-                return changed
+    @contextlib.contextmanager
+    def alone(self, lock: int) -> Iterator[bool]:
+        """Yields whether no other process is in a block of this lock, a number; until the block ends, none can enter
+        one. A SQLite file has one process that asks.
 
-            yield may_have_changed
+        A process that loses its connection to PostgreSQL loses the lock, too, and does not notice.
+
+        Raises:
+            StorageFailed: the database refused.
+        """
+        if self._apart is None:
+            yield True
+            return
+        with translated(), self._apart.connect() as connection:  # the lock ends with the connection
+            yield connection.execute(sa.select(sa.func.pg_try_advisory_lock(lock))).scalar_one()
 
     def close(self) -> None:
         """Give back every connection."""
@@ -123,15 +172,16 @@ class Database:
         self._writes.engine.dispose()
 
     def _migrate(self, place: Path | str) -> None:
-        known = {path.name.partition("_")[0] for path in (_MIGRATIONS / "versions").glob("[0-9]*.py")}
+        known = _known()
         with self.reading() as connection:
             found = _revision(connection)
         if found == max(known):
             return
         _require_known(found, known, place)
         if self._read_only:
+            name = place if isinstance(place, Path) else shown(place)
             raise StorageFailed(
-                f"the catalog {place} has an older schema ({found}), and this service is read-only: start one without "
+                f"the catalog {name} has an older schema ({found}), and this service is read-only: start one without "
                 "--read-only on it, which migrates it"
             )
         # Only who migrates waits for its import, a tenth of a second.
@@ -140,28 +190,28 @@ class Database:
 
         with self.writing() as connection:
             if connection.dialect.name == "postgresql":
-                connection.execute(sa.text("SET LOCAL lock_timeout = 0"))
+                from prefix_service.catalog.postgres import unbounded
+
+                unbounded(connection)
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
             _require_known(_revision(connection), known, place)
             config = Config(attributes={"connection": connection})
             config.set_main_option("script_location", str(_MIGRATIONS))
             command.upgrade(config, "head")
-        # SQLite's PRAGMAs would describe the old schema. A pool's first connection is made under a lock: let it be now.
+        # SQLite's PRAGMAs would describe the old schema, and PostgreSQL's connection has no deadline any more. A pool's
+        # first connection is made under a lock: let it be now.
         self._reads.engine.dispose()
+        self._writes.engine.dispose()
         self._reads.engine.connect().close()
 
 
-def _data_version(driver: Any) -> int:
-    try:
-        found: int = driver.execute("PRAGMA data_version").fetchone()[0]
-    except driver.Error as error:
-        raise refused(error) from error
-    return found
+def _known() -> set[str]:
+    return {path.name.partition("_")[0] for path in (_MIGRATIONS / "versions").glob("[0-9]*.py")}
 
 
 def _require_known(found: str | None, known: set[str], place: Path | str) -> None:
     if found is not None and found not in known:
-        name = place if isinstance(place, Path) else sa.make_url(place).set(query={}).render_as_string()
+        name = place if isinstance(place, Path) else shown(place)
         raise StorageFailed(
             f"the catalog {name} was written by a newer prefix-service (schema {found}): run that version, or "
             "start with a copy made before the upgrade"
@@ -174,6 +224,24 @@ def _revision(connection: sa.Connection) -> str | None:
         return None
     found: str | None = connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
     return found
+
+
+def schema_of(url: str) -> tuple[str | None, str]:
+    """Returns the revision of a PostgreSQL database's schema, None if it is empty, and the newest that this release
+    knows. Nothing is changed.
+
+    Raises:
+        InvalidInput: psycopg is missing.
+        StorageFailed: the database refused, or did not answer in time.
+    """
+    access = Access(engine_of(url, PROMPT, writes=False, read_only=True), PROMPT.reads)
+    try:
+        with access.connected() as connection:
+            return _revision(connection), max(_known())
+    except StorageFailed as error:
+        raise explained(error, url) from error.__cause__
+    finally:
+        access.engine.dispose()
 
 
 def afterwards(connection: sa.Connection, call: Callable[[], object]) -> None:

@@ -8,10 +8,11 @@ from prefix_service.catalog.audit import record
 from prefix_service.catalog.authority import writing_for
 from prefix_service.catalog.changes import AnnotationsChanged, BaseModelChanged, CardChanged, announce
 from prefix_service.catalog.database import Database, insert
+from prefix_service.catalog.quotas import require_room
 from prefix_service.catalog.records import Principal, Version
 from prefix_service.catalog.rows import OWNED, PRESENT, missing
 from prefix_service.catalog.schema import adapters, descriptions, tenants, versions
-from prefix_service.catalog.tenants import count, lock, require_room
+from prefix_service.catalog.tenants import count, lock
 from prefix_service.errors import NotFound
 from prefix_service.prefix.description import EMPTY, Description
 
@@ -57,7 +58,7 @@ class Descriptions:
                 return after
             growth = after.nbytes - before.nbytes
             if growth > 0:
-                require_room(connection, owner, version.adapter, growth, f"this {what} takes another")
+                require_room(owner, growth, f"this {what} takes another")
             count(connection, adapter_id, versions_more=0, bytes_more=growth)
             store(connection, version_id, after)
             target = f"{version.tenant}/{version.adapter}@{version.number}"

@@ -34,9 +34,10 @@ def call(listener: Listener, changes: Sequence[Change]) -> None:
 class ChangeFeed:
     """Calls each listener with each change once, in the order of revisions. Safe to share between threads.
 
-    Listeners are called with changes of this process before their writer goes on, and with those of others within
-    `_PAUSE` while the block of `followed` runs. If some of the changes since the last look are no longer stored,
-    listeners are called with `EverythingChanged` in their place.
+    Listeners are called with changes of this process before their writer goes on. Those of others are found while the
+    block of `followed` runs: on SQLite within `_PAUSE`, on PostgreSQL by its notification, or within a second. If some
+    of the changes since the last look are no longer stored, listeners are called with `EverythingChanged` in their
+    place.
     """
 
     def __init__(self, database: Database) -> None:
@@ -105,9 +106,9 @@ class ChangeFeed:
         failing = False
         while not stop.is_set():
             try:
-                with self._database.glancing() as may_have_changed:
-                    while not stop.wait(_PAUSE):
-                        self._look(may_have_changed)
+                with self._database.glancing() as glances:
+                    while not glances.wait(stop, _PAUSE):
+                        self._look(glances.may_have_changed)
                         failing = False
             except PrefixServiceError as error:
                 if not failing:

@@ -20,7 +20,7 @@ from prefix_service.catalog.audit import record
 from prefix_service.catalog.authority import writing_for
 from prefix_service.catalog.changes import KeyCreated, KeyRevoked, KeyShortened, announce
 from prefix_service.catalog.database import Database, now
-from prefix_service.catalog.records import Key, Principal, Scope
+from prefix_service.catalog.records import COMMAND_LINE, Key, Principal, Scope
 from prefix_service.catalog.schema import keys, tenants
 from prefix_service.catalog.tenants import lock
 from prefix_service.errors import Conflict, InvalidRequest, NotFound, StorageFailed, Unauthenticated
@@ -82,19 +82,37 @@ class Keyring:
         if scope == "metrics" and tenant is not None:
             raise InvalidRequest("a key of scope metrics belongs to the platform: the metrics are of all tenants")
         ends = None if expires is None else _in_utc(expires)
-        key_id = secrets.token_hex(8)
-        body = f"pfx_{key_id}_{secrets.token_hex(24)}"
-        text = f"{body}_{_checksum(body)}"
         with writing_for(self._database, by) as connection:
             owner = _changed(connection, tenant)
             if ends is not None:
                 _require_future(connection, ends)
-            _require_room(connection, owner, tenant)
-            row = {"id": key_id, "tenant_id": owner, "scope": scope, "name": name, "expires": ends}
-            connection.execute(sa.insert(keys).values(hash=self._hash(text), **row))
-            record(connection, by, "key.created", tenant, key_id, scope=scope, name=name)
-            announce(connection, KeyCreated(tenant, key_id))
-            return self._key(connection, key_id), text
+            _require_fewer_keys(connection, owner, tenant)
+            return self._created(connection, (owner, tenant), scope, name, by, ends)
+
+    def create_first(self, connection: sa.Connection) -> str:
+        """Makes the first key of a catalog, a platform admin's, in a write transaction of the command line; returns its
+        text."""
+        return self._created(connection, (None, None), "admin", "bootstrap", COMMAND_LINE, None)[1]
+
+    def _created(
+        self,
+        connection: sa.Connection,
+        owner: tuple[int | None, str | None],
+        scope: Scope,
+        name: str,
+        by: Principal,
+        ends: datetime | None,
+    ) -> tuple[Key, str]:
+        """Makes a key of an owner, by the id and the name of its tenant."""
+        owner_id, tenant = owner
+        key_id = secrets.token_hex(8)
+        body = f"pfx_{key_id}_{secrets.token_hex(24)}"
+        text = f"{body}_{_checksum(body)}"
+        row = {"id": key_id, "tenant_id": owner_id, "scope": scope, "name": name, "expires": ends}
+        connection.execute(sa.insert(keys).values(hash=self._hash(text), **row))
+        record(connection, by, "key.created", tenant, key_id, scope=scope, name=name)
+        announce(connection, KeyCreated(tenant, key_id))
+        return self._key(connection, key_id), text
 
     def parse(self, text: str) -> tuple[str, str]:
         """Returns the id in a key's text, and the hash of the text. The database is not asked.
@@ -136,15 +154,23 @@ class Keyring:
             found = connection.scalars(sa.select(keys.c.id).order_by(latest.desc()).limit(limit)).all()
         return list(reversed(found))
 
-    def note_uses(self, uses: Mapping[str, datetime]) -> None:
-        """Note when keys, by their ids, were used: naive moments in UTC. Of those within `USE_GRANULARITY` the first
-        is written."""
+    def note_uses(self, uses: Mapping[str, float]) -> None:
+        """Note how many seconds ago keys, by their ids, were used. Of uses within `USE_GRANULARITY` the first is
+        written."""
         late = sa.or_(keys.c.last_used.is_(None), keys.c.last_used <= sa.bindparam("early", type_=sa.DateTime))
         noted = sa.update(keys).where(keys.c.id == sa.bindparam("used"), late)
         noted = noted.values(last_used=sa.bindparam("moment", type_=sa.DateTime))
-        rows = [{"used": key, "moment": at, "early": at - USE_GRANULARITY} for key, at in uses.items()]
         with self._database.writing() as connection:
-            connection.execute(noted, rows)
+            present = now(connection)
+            moments = {key: present - timedelta(seconds=ago) for key, ago in sorted(uses.items())}
+            connection.execute(
+                noted, [{"used": key, "moment": at, "early": at - USE_GRANULARITY} for key, at in moments.items()]
+            )
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the keys' secret, and does not reveal it."""
+        return self.derived("fingerprint").hex()[:32]
 
     def derived(self, purpose: str) -> bytes:
         """Returns a secret of 32 bytes for another purpose, made of the keys' secret with HMAC-SHA-256."""
@@ -273,7 +299,7 @@ def _require_future(connection: sa.Connection, ends: datetime) -> None:
         )
 
 
-def _require_room(connection: sa.Connection, owner: int | None, tenant: str | None) -> None:
+def _require_fewer_keys(connection: sa.Connection, owner: int | None, tenant: str | None) -> None:
     found = connection.scalar(sa.select(sa.func.count()).where(keys.c.tenant_id.is_not_distinct_from(owner))) or 0
     if found >= MOST_KEYS:
         whose = "the platform" if tenant is None else f"tenant {tenant!r}"

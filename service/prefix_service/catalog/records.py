@@ -7,7 +7,6 @@ from datetime import datetime
 from functools import cached_property
 from typing import Any, Final, Literal
 
-from prefix_service.errors import QuotaExceeded
 from prefix_service.prefix.config import PrefixConfig, parse_read_fields
 from prefix_service.prefix.variant import KVDtype
 
@@ -23,6 +22,7 @@ class Principal:
     `tenant_id` is the tenant's id in the catalog. `acts_on` is the id of the tenant whose things the request changes,
     as it was when the request began; None if the request names no tenant, or one that did not exist. Without a key
     (`has_key` false) it is somebody whom the operating system has let in, and nothing has to be proved.
+    `session` is the hash of the session of the page that stands for the key in this request; None for the key itself.
     """
 
     key_id: str
@@ -31,6 +31,7 @@ class Principal:
     tenant_id: int | None = None
     acts_on: int | None = None
     has_key: bool = True
+    session: str | None = None
 
     def may_see(self, tenant: str) -> bool:
         """Whether this tenant's resources exist for the caller."""
@@ -78,32 +79,6 @@ class Tenant:
     adapters: int
     bytes: int
     uncollected: int
-
-
-@dataclass(frozen=True, slots=True)
-class Room:
-    """The room that a tenant's quota of bytes leaves: `left` of `quota`, None without a quota; the bytes of the largest
-    version of an adapter, which may be published again; and `uncollected`, the deleted bytes still on the disk."""
-
-    left: int | None = None
-    quota: int = 0
-    largest: int = 0
-    uncollected: int = 0
-
-    def require_collected(self, tenant: str, nbytes: int, takes: str) -> None:
-        """Checks that the tenant's versions, another of so many bytes, and what it deleted and nobody has collected yet
-        take at most twice its quota of the disk. `takes` is said of the bytes.
-
-        Raises:
-            QuotaExceeded: they take more.
-        """
-        if self.left is not None and self.uncollected + nbytes > self.quota + self.left:
-            raise QuotaExceeded(
-                f"tenant {tenant!r} has {self.quota - self.left} of {self.quota} bytes, {self.uncollected} bytes that "
-                f"it deleted are still on the disk, and {takes} {nbytes}, more than twice its quota together: try "
-                "again once they have been collected, PREFIX_GARBAGE_GRACE after their deletion (an hour unless the "
-                "service is set otherwise), or ask the platform for more"
-            )
 
 
 @dataclass(frozen=True)
@@ -274,3 +249,27 @@ class Use:
         self.bytes += other.bytes
         self.cold_loads += other.cold_loads
         self.prefix_tokens += other.prefix_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """What serves now: its address, its release, the revision that it has applied, and what it has in memory: the
+    number of prefixes, their bytes on the device, and those of renderings in host memory."""
+
+    address: str | None
+    release: str
+    revision: int
+    adapters: int
+    device_bytes: int
+    host_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """A replica that serves now: when it started, when it was last seen, by the database's clock, and the sums of its
+    processes; `revision` is that of the process that is furthest behind."""
+
+    id: str
+    started: datetime
+    seen: datetime
+    serving: Serving

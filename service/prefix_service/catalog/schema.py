@@ -1,5 +1,7 @@
 """The catalog's tables; `migrations/` makes them, and a test holds the two together."""
 
+from typing import Any, Final
+
 import sqlalchemy as sa
 from sqlalchemy.dialects import sqlite
 
@@ -22,9 +24,12 @@ _Made = sa.DateTime().with_variant(sqlite.DATETIME(truncate_microseconds=True), 
 Revision = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 
 
+_DELETED: Final[dict[str, Any]] = {"sqlite_where": sa.text("deleted = 1"), "postgresql_where": sa.text("deleted")}
+
+
 def _being_removed() -> sa.Index:
     """Finds the rows that were deleted, of which the collector removes what hangs on them."""
-    return sa.Index(None, "deleted", sqlite_where=sa.text("deleted = 1"), postgresql_where=sa.text("deleted"))
+    return sa.Index(None, "deleted", **_DELETED)
 
 
 # A quota of NULL is none. `adapters` and `bytes` are running totals, which every write transaction keeps.
@@ -73,6 +78,8 @@ adapters = sa.Table(
     sa.UniqueConstraint("tenant_id", "name"),
     sa.Index("ix_adapters_tenant_id_used_name", "tenant_id", sa.text("used DESC"), "name"),
     _being_removed(),
+    # What a tenant deleted and the collector has not removed yet, counted without a look at what others deleted.
+    sa.Index("ix_adapters_hidden", "tenant_id", **_DELETED),
 )
 
 # By name and without a foreign key: a number is never given twice, not even after a deletion.
@@ -164,12 +171,15 @@ audit = sa.Table(
     sa.Index(None, "tenant_id", "id"),
 )
 
-# One row: the random id of this catalog, which a backup keeps, and the revision of its latest change.
+# One row: the random id of this catalog, which a backup keeps, the revision of its latest change, and on PostgreSQL,
+# from the first start on, whose it is (`claim.py`).
 catalog = sa.Table(
     "catalog",
     metadata,
     sa.Column("id", sa.Text, primary_key=True),
     sa.Column("revision", sa.BigInteger, nullable=False),
+    sa.Column("key_secret", sa.Text),
+    sa.Column("blob_store", sa.Text),
 )
 
 # What `changes.py` stores. `tenant_id` says who may read the row, as in `audit`; without a foreign key, since the row
@@ -216,4 +226,20 @@ sessions = sa.Table(
     sa.Column("began", sa.DateTime, nullable=False),
     sa.Column("used", sa.DateTime, nullable=False, index=True),
     sa.Index(None, "key_id", "began"),
+)
+
+# A row for each process of each replica; `seen` is its latest sign of life.
+replicas = sa.Table(
+    "replicas",
+    metadata,
+    sa.Column("process", sa.Text, primary_key=True),
+    sa.Column("replica", sa.Text, nullable=False),
+    sa.Column("address", sa.Text),
+    sa.Column("release", sa.Text, nullable=False),
+    sa.Column("started", sa.DateTime, nullable=False),
+    sa.Column("seen", sa.DateTime, nullable=False, index=True),
+    sa.Column("revision", sa.BigInteger, nullable=False),
+    sa.Column("adapters", sa.BigInteger, nullable=False),
+    sa.Column("device_bytes", sa.BigInteger, nullable=False),
+    sa.Column("host_bytes", sa.BigInteger, nullable=False),
 )

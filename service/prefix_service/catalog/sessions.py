@@ -70,7 +70,7 @@ class Sessions:
             return None
         if row.expires is not None and moment >= row.expires:
             return None
-        principal = Principal(row.id, row.name, row.scope, row.tenant_id)
+        principal = Principal(row.id, row.name, row.scope, row.tenant_id, session=_hash(session_id))
         return Session(principal, is_use_due=moment >= row.used + _USE_GRANULARITY)
 
     def note_use(self, session_id: str) -> None:

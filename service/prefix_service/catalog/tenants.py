@@ -1,4 +1,4 @@
-"""Tenants: who has what, and how much of it they may have."""
+"""Tenants, their quotas, and the running totals of what they have."""
 
 import secrets
 from dataclasses import asdict
@@ -12,11 +12,11 @@ from prefix_service.catalog.changes import QuotasChanged, TenantCreated, TenantD
 from prefix_service.catalog.database import Database, insert
 from prefix_service.catalog.deletions import hide_tenant
 from prefix_service.catalog.freed import uncollected
-from prefix_service.catalog.records import Principal, Quotas, Room, Tenant
-from prefix_service.catalog.schema import adapters, tenants, versions
-from prefix_service.errors import NotFound, QuotaExceeded
+from prefix_service.catalog.quotas import quotas_of
+from prefix_service.catalog.records import Principal, Quotas, Tenant
+from prefix_service.catalog.schema import adapters, tenants
+from prefix_service.errors import NotFound
 
-_NBYTES: Final = versions.c.weights_bytes + versions.c.key_values_bytes + versions.c.manifest_bytes
 _SHOWN: Final = sa.select(tenants, uncollected())
 
 
@@ -97,11 +97,7 @@ class Tenants:
 
 
 def _tenant(row: sa.Row[Any]) -> Tenant:
-    return Tenant(row.name, row.created, _quotas(row), row.adapters, row.bytes, row.uncollected)
-
-
-def _quotas(row: sa.Row[Any]) -> Quotas:
-    return Quotas(**{name: row._mapping[name] for name in Quotas.__dataclass_fields__})
+    return Tenant(row.name, row.created, quotas_of(row), row.adapters, row.bytes, row.uncollected)
 
 
 def make(connection: sa.Connection, name: str, by: Principal, quotas: Quotas | None = None) -> bool:
@@ -139,67 +135,3 @@ def count(
     owner = connection.execute(changed).scalar_one()
     total = {"adapters": tenants.c.adapters + adapters_more, "bytes": tenants.c.bytes + bytes_more}
     connection.execute(sa.update(tenants).where(tenants.c.id == owner).values(total))
-
-
-def room(connection: sa.Connection, owner: sa.Row[Any], adapter: str) -> Room:
-    """Returns what a tenant's quota of bytes leaves at this moment for a version of an adapter.
-
-    Raises:
-        QuotaExceeded: the adapter does not exist, and the tenant has as many as it may have.
-    """
-    quotas = _quotas(owner)
-    if quotas.max_adapters is None and quotas.max_bytes is None:
-        return Room()
-    _require_room_for_adapter(connection, owner, adapter)
-    if quotas.max_bytes is None:
-        return Room()
-    named = sa.and_(adapters.c.tenant_id == owner.id, adapters.c.name == adapter)
-    largest = connection.scalar(sa.select(sa.func.max(_NBYTES)).select_from(versions.join(adapters)).where(named))
-    return Room(quotas.max_bytes - owner.bytes, quotas.max_bytes, largest or 0, _uncollected(connection, owner))
-
-
-def require_room_for_version(connection: sa.Connection, owner: sa.Row[Any], adapter: str, nbytes: int) -> None:
-    """Checks that a new version of so many bytes fits its tenant's quotas, together with the bytes that the tenant
-    deleted and that are still on the disk.
-
-    Raises:
-        QuotaExceeded: says which quota, what is used of it, and what to do.
-    """
-    require_room(connection, owner, adapter, nbytes)
-    if owner.max_bytes is not None:
-        left = Room(owner.max_bytes - owner.bytes, owner.max_bytes, uncollected=_uncollected(connection, owner))
-        left.require_collected(owner.name, nbytes, "this version takes")
-
-
-def _uncollected(connection: sa.Connection, owner: sa.Row[Any]) -> int:
-    nbytes: int = connection.execute(sa.select(uncollected()).where(tenants.c.id == owner.id)).scalar_one()
-    return nbytes
-
-
-def require_room(
-    connection: sa.Connection, owner: sa.Row[Any], adapter: str, nbytes: int, takes: str = "this version takes"
-) -> None:
-    """That a version of so many bytes fits its tenant's quotas, those of this moment. `takes` is said of the bytes.
-
-    Raises:
-        QuotaExceeded: says which quota, what is used of it, and what to do.
-    """
-    quotas = _quotas(owner)
-    if quotas.max_adapters is None and quotas.max_bytes is None:
-        return
-    _require_room_for_adapter(connection, owner, adapter)
-    if quotas.max_bytes is not None and owner.bytes + nbytes > quotas.max_bytes:
-        raise QuotaExceeded(
-            f"tenant {owner.name!r} has {owner.bytes} of {quotas.max_bytes} bytes, and {takes} {nbytes}: "
-            "delete versions, or ask the platform for more"
-        )
-
-
-def _require_room_for_adapter(connection: sa.Connection, owner: sa.Row[Any], adapter: str) -> None:
-    most = _quotas(owner).max_adapters
-    known = sa.select(adapters.c.id).where(adapters.c.tenant_id == owner.id, adapters.c.name == adapter)
-    if most is not None and owner.adapters >= most and connection.scalar(known) is None:
-        raise QuotaExceeded(
-            f"tenant {owner.name!r} has {owner.adapters} adapters and may have {most}: delete one, or ask the platform "
-            "for more"
-        )

@@ -28,7 +28,8 @@ _writers: RunVar[Turns] = RunVar("prefix_service catalog writes")
 
 
 async def read_catalog(call: Callable[..., T], *arguments: object) -> T:
-    """Call something that only reads the catalog, in a thread; give up after `DEADLINE`.
+    """Call something that only reads the catalog, in a thread; give up after `DEADLINE`. What lost its connection is
+    tried again once.
 
     A thread cannot be killed, so a call that hangs goes on; `Database` bounds how many can. The threads are counted
     apart from those of other work, which a hanging catalog must not stop.
@@ -42,7 +43,7 @@ async def read_catalog(call: Callable[..., T], *arguments: object) -> T:
 
     def begin() -> T:
         begun.set()
-        return call(*arguments)
+        return _twice(call, *arguments)
 
     try:
         with anyio.fail_after(DEADLINE):
@@ -58,12 +59,23 @@ async def read_catalog(call: Callable[..., T], *arguments: object) -> T:
 
 
 async def write_catalog(call: Callable[..., T], *arguments: object) -> T:
-    """Call something that writes to the catalog, in a thread. A caller that is cancelled waits until it has ended.
+    """Call something that writes to the catalog, in a thread. A caller that is cancelled waits until it has ended. A
+    transaction that left nothing, since it lost its connection or came into conflict with others, is tried again once.
 
     Raises:
         StorageFailed: as `Database.writing`, or what the call raises.
     """
-    return await _turns(_writers, _WRITES, _WRITES_OF_TENANT).run(ASKING.get(), partial(call, *arguments))
+    return await _turns(_writers, _WRITES, _WRITES_OF_TENANT).run(ASKING.get(), partial(_twice, call, *arguments))
+
+
+def _twice(call: Callable[..., T], *arguments: object) -> T:
+    """Calls something that is one transaction, and again if it lost its connection, or a conflict, and left nothing."""
+    try:
+        return call(*arguments)
+    except StorageFailed as error:
+        if not error.is_undone:
+            raise
+        return call(*arguments)
 
 
 def _turns(of_loop: RunVar[Turns], places: int, most: int) -> Turns:

@@ -209,15 +209,6 @@ def waiting_for(whom: str) -> Iterator[None]:
         timer.cancel()
 
 
-def human_bytes(count: float) -> str:
-    """Bytes in binary units."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
-
-
 def human_time(moment: str) -> str:
     """A moment as the service sends it, in UTC and whole seconds; a narrow table breaks it at the blank."""
     return moment.removesuffix("Z").partition(".")[0].replace("T", " ")

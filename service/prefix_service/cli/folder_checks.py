@@ -10,8 +10,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Final, Literal
 
-from prefix_service.cli.console import human_bytes
+from prefix_service.errors import PrefixServiceError
 from prefix_service.system.disk import LEAST_FREE_BYTES
+from prefix_service.system.sizes import human_bytes
 
 _LITTLE_SPACE: Final = 1 << 30
 _OTHERS: Final = stat.S_IRWXG | stat.S_IRWXO
@@ -30,15 +31,18 @@ class Check:
     advice: str = ""
 
 
-def folder_checks(folder: Path, uid: int) -> Iterator[Check]:
-    """The checks of a data folder on which user `uid` may want to run a service; of the disk alone where it is not
-    there, for a worker needs none."""
+def folder_checks(folder: Path, uid: int, catalog_url: str | None = None) -> Iterator[Check]:
+    """The checks of a data folder on which user `uid` may want to run a service, and of its catalog; of the disk alone
+    where the folder is not there, for a worker needs none."""
+    if catalog_url is not None:
+        yield _server(catalog_url)
     yield _disk(folder if folder.is_dir() else Path.cwd())
     if not folder.is_dir():
         yield Check("permissions", "ok", f"there is no data folder {folder} here, and a worker needs none")
         return
     yield _permissions(folder, uid)
-    yield _schema(folder)
+    if catalog_url is None:
+        yield _schema(folder)
 
 
 def _disk(folder: Path) -> Check:
@@ -92,6 +96,22 @@ def _permissions(folder: Path, uid: int) -> Check:
         others = f"others may use {', '.join(open_ones)}"
         return Check("permissions", "warning", others, f"chmod go= {' '.join(open_ones)}")
     return Check("permissions", "ok", f"{folder} is this user's alone")
+
+
+def _server(url: str) -> Check:
+    """Checks that a catalog's server answers, and that this release can serve what it holds."""
+    from prefix_service.catalog.database import schema_of
+
+    try:
+        found, newest = schema_of(url)
+    except PrefixServiceError as error:
+        return Check("catalog", "failed", str(error), "correct PREFIX_CATALOG_URL, or look after that server")
+    if found is None:
+        return Check("catalog", "ok", "PostgreSQL answers; its database is empty, and the first start fills it")
+    if found > newest:
+        wrote = f"a newer prefix-service wrote this catalog (schema {found}, and this one knows {newest})"
+        return Check("catalog", "warning", wrote, "update prefix-service on this machine")
+    return Check("catalog", "ok", f"PostgreSQL answers, with schema {found}")
 
 
 def _schema(folder: Path) -> Check:

@@ -13,7 +13,7 @@ from prefix_service.client.client import AsyncPrefixClient, PrefixClient
 from prefix_service.client.flows.management import ServiceInfo
 from prefix_service.client.flows.resolving import ResolvedVersion
 from prefix_service.client.flows.watched import WatchedChange
-from prefix_service.client.transport.watch import Watch
+from prefix_service.client.watch import Watch
 from prefix_service.prefix.fingerprint import Fingerprint
 
 if TYPE_CHECKING:

@@ -21,11 +21,11 @@ from prefix_service.client.flows.watched import Watched
 from prefix_service.client.transport.connection import Connection
 from prefix_service.client.transport.fetcher import Fetcher
 from prefix_service.client.transport.foreign import AsyncForeign, Foreign
+from prefix_service.client.transport.named_pools import NamedPools
 from prefix_service.client.transport.pool import Pool
 from prefix_service.client.transport.pools import Pools
-from prefix_service.client.transport.named_pools import NamedPools
 from prefix_service.client.transport.transport import AsyncTransport, Transport
-from prefix_service.client.transport.watch import OnChange, Watch
+from prefix_service.client.watch import OnChange, Watch
 from prefix_service.errors import InvalidRequest
 
 

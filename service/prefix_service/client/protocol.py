@@ -5,7 +5,7 @@ import random
 import re
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, TypeVar
 from urllib.parse import quote
 
 from prefix_service import errors
@@ -130,6 +130,9 @@ class Together:
 
 
 Step = Request | Work | Together
+T = TypeVar("T")
+Flow = Generator[Step, Any, T]
+"""An operation without I/O: it yields its steps, is sent what they bring, and returns its result."""
 
 
 def tenant_path(tenant: str, *rest: str) -> str:

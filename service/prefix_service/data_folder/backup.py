@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prefix_service.blobs.folder import FolderBlobStore
+from prefix_service.blobs.port import BlobStore
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.garbage import Garbage
-from prefix_service.data_folder.opening import blob_folder, catalog_file
+from prefix_service.data_folder.opening import blob_folder, blob_store, catalog_file, shown_catalog
 from prefix_service.errors import Conflict, CorruptBlob, NotFound
 from prefix_service.settings import Settings
 from prefix_service.system.disk import PRIVATE_FOLDER, make_private, translated, write_private
@@ -38,9 +39,15 @@ def back_up(settings: Settings, target: Path, progress: Callable[[int], None]) -
 
     Raises:
         NotFound: the folder has no catalog.
-        Conflict: `target` exists.
+        Conflict: `target` exists, or the catalog is on PostgreSQL.
         OutOfSpace, StorageFailed: the disk refused.
     """
+    if (server := shown_catalog(settings)) is not None:
+        raise Conflict(
+            f"the catalog is on PostgreSQL, {server}, and this command copies "
+            "data folders: run `pg_dump --format=custom` there first, then copy the blobs within PREFIX_GARBAGE_GRACE, "
+            "and keep PREFIX_KEY_SECRET_FILE beside them; restore with `pg_restore` into an empty database"
+        )
     source = catalog_file(settings.data_dir)
     if not source.exists():
         raise NotFound(f"{settings.data_dir} is not a data folder: it has no {source.name}")
@@ -50,7 +57,7 @@ def back_up(settings: Settings, target: Path, progress: Callable[[int], None]) -
     with translated(f"write the backup {target}"):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(PRIVATE_FOLDER, parents=True)
-        copy = _Copy(FolderBlobStore(blob_folder(settings.data_dir)), blob_folder(partial), progress)
+        copy = _Copy(blob_store(settings), blob_folder(partial), progress)
         copy.add(blob.digest for blob in copy.source.listed())
         _snapshot(source, catalog_file(partial))
         named = _named(catalog_file(partial))
@@ -63,7 +70,7 @@ def back_up(settings: Settings, target: Path, progress: Callable[[int], None]) -
 
 
 class _Copy:
-    def __init__(self, source: FolderBlobStore, folder: Path, progress: Callable[[int], None]) -> None:
+    def __init__(self, source: BlobStore, folder: Path, progress: Callable[[int], None]) -> None:
         self.source, self.target = source, FolderBlobStore(folder)
         self.done: set[str] = set()
         self.nbytes = 0

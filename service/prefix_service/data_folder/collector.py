@@ -12,14 +12,14 @@ from typing import Final
 from prefix_service.blobs.port import BlobStore, StoredBlob
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.deletions import Deletions
-from prefix_service.catalog.expiry import (
+from prefix_service.catalog.garbage import Garbage
+from prefix_service.catalog.retention import (
     Retention,
     expire_audit,
     expire_changes,
     expire_sessions,
     expire_usage,
 )
-from prefix_service.catalog.garbage import Garbage
 from prefix_service.errors import PrefixServiceError
 from prefix_service.system.background import in_background
 
@@ -29,6 +29,7 @@ _BATCH: Final = 500
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 1.0, 600.0  # seconds between two collections
 _LOOK: Final = 0.5  # seconds between two checks for deletions
 _REST: Final = 0.05  # seconds, at least, in which others can write between two slices
+_LOCK: Final = 0x636F_6C6C_6563_7400  # "collect": any number that all replicas agree on
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +89,13 @@ class Collector:
             StorageFailed: the disk or the catalog refused.
         """
         found = []
+        listed = {blob.digest for blob in self._blobs.listed()}  # one request to a bucket for a thousand blobs
+
+        def is_lost(digest: str) -> bool:
+            return digest not in listed and not self._blobs.exists(digest)
+
         for version, weights, key_values in self._garbage.named():
-            lost = Lost(version, not self._blobs.exists(weights), not self._blobs.exists(key_values))
+            lost = Lost(version, is_lost(weights), is_lost(key_values))
             if lost.weights or lost.key_values:
                 found.append(lost)
                 what = [name for name in ("weights", "key_values") if getattr(lost, name)]
@@ -115,13 +121,19 @@ class Housekeeping:
     def work(self, stop: threading.Event) -> None:
         """Works until `stop` is set."""
         pause = min(max(self._grace / 4, _SHORTEST_PAUSE), _LONGEST_PAUSE)
-        _logged(self._collector.reconcile)
+        _logged(lambda: self._alone(self._collector.reconcile))
         collected = time.monotonic()
         while not stop.wait(min(_LOOK, pause)):
             _logged(lambda: in_slices(self._deletions.remove_slice, stop))
             if time.monotonic() - collected >= pause:
-                _logged(lambda: self._collect(stop))
+                _logged(lambda: self._alone(lambda: self._collect(stop)))
                 collected = time.monotonic()
+
+    def _alone(self, call: Callable[[], object]) -> None:
+        """Calls it, unless another replica is at it: two would do the same work, without harm."""
+        with self._database.alone(_LOCK) as is_alone:
+            if is_alone:
+                call()
 
     def _collect(self, stop: threading.Event) -> None:
         before = self._garbage.expired(self._grace)

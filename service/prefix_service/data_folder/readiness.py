@@ -23,9 +23,23 @@ DEADLINE: Final = 2.0
 """The most seconds that all checks together may take."""
 
 
-def checks_of(settings: Settings, database: Database, blobs: BlobStore) -> list[Callable[[], object]]:
-    """Returns checks of what the next request needs: the catalog, the blob store, and the data folder."""
-    return [Catalog(database).check, blobs.check, partial(check_folder, settings)]
+def checks_of(
+    settings: Settings, database: Database, blobs: BlobStore, are_known: Callable[[], bool]
+) -> list[Callable[[], object]]:
+    """Returns checks of what the next request needs: the catalog, the blob store, and the data folder.
+
+    All replicas lose PostgreSQL together. They stay ready as long as they serve what they remember of the catalog,
+    which `are_known` says: a proxy that took all of them away would serve nobody.
+    """
+    check = Catalog(database).check
+    if settings.catalog_url is not None:
+        check = partial(_check_unless, are_known, check)
+    return [check, blobs.check, partial(check_folder, settings)]
+
+
+def _check_unless(are_known: Callable[[], bool], check: Callable[[], None]) -> None:
+    if not are_known():
+        check()
 
 
 class Readiness:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from anyio import to_thread
 
 from prefix_service.blobs.port import StagedBlob
-from prefix_service.catalog.records import Principal, Room
-from prefix_service.errors import NotFound, PrefixServiceError, QuotaExceeded, Unauthenticated
+from prefix_service.catalog.quotas import Room
+from prefix_service.catalog.records import Principal
+from prefix_service.errors import NotFound, PrefixServiceError, Unauthenticated
 
 
 class Arrivals:
@@ -72,9 +73,6 @@ class Arrival:
     def hold(self, nbytes: int) -> None:
         """Counts at least `nbytes` bytes.
 
-        A version that is no larger than the largest of its adapter needs no room if the tenant publishes nothing else:
-        its content may be known already.
-
         Raises:
             QuotaExceeded: this version and the tenant's other publications exceed what the quota leaves.
             Unauthenticated, NotFound: the publisher's key was revoked, or the tenant was deleted.
@@ -83,16 +81,8 @@ class Arrival:
             raise self._refusal
         if nbytes <= self._held:
             return
-        room, others = self._room, self._of_tenants[self.tenant] - self._held
-        may_be_known = not others and nbytes <= room.largest
-        if room.left is not None and others + nbytes > room.left and not may_be_known:
-            coming = f" and makes other versions of {others} bytes" if others else ""
-            raise QuotaExceeded(
-                f"tenant {self.tenant!r} has {room.quota - room.left} of {room.quota} bytes{coming}, and this version "
-                f"takes at least {nbytes}: delete versions, or ask the platform for more"
-            )
-        if not may_be_known:
-            room.require_collected(self.tenant, others + nbytes, "what it makes now takes at least")
+        others = self._of_tenants[self.tenant] - self._held
+        self._room.require(self.tenant, nbytes, others)
         self._of_tenants[self.tenant] = others + nbytes
         self._held = nbytes
 

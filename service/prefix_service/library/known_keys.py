@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
 from typing import Final
 
 from prefix_service.catalog.changes import (
@@ -53,7 +52,7 @@ class KnownKeys:
         self._verified: dict[bytes, StoredKey] = {}
         self._changes = 0
         self._noted: dict[str, float] = {}
-        self._uses: queue.SimpleQueue[tuple[str, datetime]] = queue.SimpleQueue()
+        self._uses: queue.SimpleQueue[tuple[str, float]] = queue.SimpleQueue()
         # An executor of its own: if the catalog hangs, no more threads than these hang with it.
         self._threads = ThreadPoolExecutor(_LOOKUPS, "keys")
 
@@ -147,7 +146,7 @@ class KnownKeys:
         if now - self._noted.get(key_id, -math.inf) >= USE_GRANULARITY.total_seconds():
             put_last(self._noted, key_id, now, _MOST_KEYS)
             if self._notes_uses:
-                self._uses.put((key_id, datetime.now(UTC).replace(tzinfo=None)))
+                self._uses.put((key_id, now))
             if self._keys.get(key_id) is stored:  # recently used keys are dropped last
                 put_last(self._keys, key_id, stored, _MOST_KEYS)
         return stored.principal
@@ -157,7 +156,8 @@ class KnownKeys:
             is_last = stop.wait(_PAUSE)
             if uses := dict(self._uses.get_nowait() for _ in range(self._uses.qsize())):
                 # A full disk must not make a valid key unusable.
+                present = time.monotonic()
                 with contextlib.suppress(OutOfSpace, StorageFailed):
-                    self._keyring.note_uses(uses)
+                    self._keyring.note_uses({key: present - at for key, at in uses.items()})
             if is_last:
                 return

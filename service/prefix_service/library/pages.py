@@ -151,17 +151,19 @@ class Pages:
         by: Collection[Dimension],
         page: WantedPage[Use, Use],
         *,
+        adapter: str | None,
         since: datetime | None,
         until: datetime | None,
     ) -> Page[Use]:
-        """Returns usage of a tenant, or of each of them, by hour and by the dimensions of `by`.
+        """Returns usage of a tenant, or of each of them, by hour and by the dimensions of `by`; of one adapter, or of
+        all.
 
         Raises:
             NotFound: there is no such tenant.
         """
 
         def load(after: Use | None, limit: int) -> list[Use]:
-            return self._usage.listed(tenant, by, since=since, until=until, after=after, limit=limit)
+            return self._usage.listed(tenant, by, adapter=adapter, since=since, until=until, after=after, limit=limit)
 
         return await self._page(tenant, load, lambda use: use, page)
 

@@ -128,12 +128,13 @@ def make_plan(version: Version, request: PrefixRequest, mask: InputMask | None, 
         layout=request.layout,
         expand=request.expand,
     )
-    mask_dtype = None if request.mask_dtype is None else MASK_DTYPES[request.mask_dtype]
-    tokens = identity.num_virtual_tokens
-    mask_dtype = mask_dtype or (torch.int64 if mask is None else mask.dtype)
-    extras: dict[str, Extra] = {"attention_mask": AttentionMask(variant.batch_size, tokens, mask_dtype, mask)}
-    if mask is not None and config.num_transformer_submodules == 1:
-        extras["position_ids"] = PositionIds(tokens, mask)
+    extras = _extras(
+        variant.batch_size,
+        identity.num_virtual_tokens,
+        mask,
+        request.mask_dtype,
+        is_encoder_decoder=_is_encoder_decoder(config),
+    )
     file = PrefixFile(identity, variant, extras)
     _ = file.content_length, file.rendering_nbytes, file.planned_nbytes  # here, and not on the event loop
     return Plan(version, file, _entity_tag(version, file))
@@ -182,7 +183,15 @@ def make_mixed_plan(rows: MixedVersions, request: MixedRequest, mask: InputMask 
     plans = {name: make_plan(version, single, None, limits) for name, version in versions.items()}
     planned = [[plans[_key(version)] for _, version in row] for row in rows]
     variant = replace(next(iter(plans.values())).file.variant, batch_size=len(rows), layout=request.layout, expand=True)
-    file = MixedPrefixFile(batch, variant, _mixed_extras(batch, request, mask))
+    extras = _extras(
+        len(batch.rows),
+        batch.num_virtual_tokens,
+        mask,
+        request.mask_dtype,
+        is_encoder_decoder=batch.first.is_encoder_decoder,
+        lengths=batch.lengths,
+    )
+    file = MixedPrefixFile(batch, variant, extras)
     _ = file.content_length  # writing the header takes milliseconds, so it is not left to the response
     return MixedPlan(file, planned)
 
@@ -204,20 +213,32 @@ def require_few_rows(rows: int, limits: Limits) -> None:
         raise InvalidRequest(f"a batch has at most {limits.batch_size} rows, got {rows}")
 
 
-def _mixed_extras(batch: MixedBatch, request: MixedRequest, mask: InputMask | None) -> dict[str, Extra]:
-    wanted = None if request.mask_dtype is None else MASK_DTYPES[request.mask_dtype]
-    dtype = wanted or (torch.int64 if mask is None else mask.dtype)
-    tokens, lengths = batch.num_virtual_tokens, batch.lengths
-    extras: dict[str, Extra] = {"attention_mask": AttentionMask(len(batch.rows), tokens, dtype, mask, lengths)}
-    if mask is not None and not batch.first.is_encoder_decoder:
+def _extras(
+    rows: int,
+    tokens: int,
+    mask: InputMask | None,
+    wanted: MaskDtype | None,
+    *,
+    is_encoder_decoder: bool,
+    lengths: torch.Tensor | None = None,
+) -> dict[str, Extra]:
+    """Returns the masks of an answer, and position ids if there is an input that a decoder reads behind the prefix: an
+    encoder-decoder's input goes to the encoder, whose positions no prefix shifts.
+    """
+    dtype = MASK_DTYPES[wanted] if wanted is not None else torch.int64 if mask is None else mask.dtype
+    extras: dict[str, Extra] = {"attention_mask": AttentionMask(rows, tokens, dtype, mask, lengths)}
+    if mask is not None and not is_encoder_decoder:
         extras["position_ids"] = PositionIds(tokens, mask, lengths)
     return extras
 
 
 def _row_prefix(ref: str, version: Version) -> RowPrefix:
     config = version.prefix_config
-    is_encoder_decoder = config.num_transformer_submodules == 2
-    return RowPrefix(ref, _identity(version, config), version.weights_dtype, is_encoder_decoder)
+    return RowPrefix(ref, _identity(version, config), version.weights_dtype, _is_encoder_decoder(config))
+
+
+def _is_encoder_decoder(config: PrefixConfig) -> bool:
+    return config.num_transformer_submodules == 2
 
 
 def _key(version: Version) -> tuple[str, str, int, str]:

@@ -157,8 +157,10 @@ class Publisher:
         """Has the bytes of a refused or cancelled version counted until they are collected: otherwise a client that
         hangs up at the right moment would fill the disk.
         """
+        if target.by.acts_on is None:
+            return  # the tenant would have been made with the version
         nbytes = draft.weights_bytes + draft.key_values_bytes
-        abandon = partial(self._catalog.abandon, target.tenant, target.adapter, draft.digest, nbytes)
+        abandon = partial(self._catalog.abandon, target.by.acts_on, target.adapter, draft.digest, nbytes)
         try:
             with CancelScope(shield=True):
                 await write_catalog(abandon)

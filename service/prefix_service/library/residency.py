@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from prefix_service.catalog.audit import AuditLog
 from prefix_service.catalog.changes import (
@@ -16,6 +16,9 @@ from prefix_service.catalog.changes import (
 )
 from prefix_service.catalog.records import Principal, Version, VersionName
 from prefix_service.catalog.threads import write_catalog
+from prefix_service.catalog.usage import UsageStore
+from prefix_service.library import advice
+from prefix_service.library.advice import Advice, PinnedVersion
 from prefix_service.library.library import Library, key_of
 from prefix_service.prefix.references import Reference
 from prefix_service.registry.admission import PLATFORM, Admission
@@ -25,6 +28,8 @@ from prefix_service.registry.report import EvictionReport, ResidentReport, Share
 from prefix_service.registry.snapshot import place_of
 
 T = TypeVar("T")
+
+_MOST_EXAMINED: Final = 200  # pinned versions, the largest
 
 ResidentPlace = tuple[int, VersionName]
 """The place of a version among those in memory, the largest first: its bytes, and its name."""
@@ -45,8 +50,16 @@ class Overview:
 class Residency:
     """The memory of this process, for callers that are already authorised."""
 
-    def __init__(self, library: Library, registry: AdapterRegistry, admission: Admission, audit: AuditLog) -> None:
-        self._library, self._registry, self._admission, self._audit = library, registry, admission, audit
+    def __init__(
+        self,
+        library: Library,
+        registry: AdapterRegistry,
+        admission: Admission,
+        audit: AuditLog,
+        usage: UsageStore,
+    ) -> None:
+        self._library, self._registry, self._admission = library, registry, admission
+        self._audit, self._usage = audit, usage
 
     async def pin(self, version: Version, by: Principal, *, pinned: bool) -> None:
         """Loads a version on request, records it in the audit log, and pins it if `pinned`.
@@ -106,6 +119,25 @@ class Residency:
             return write(Overview(tiers, snapshot.shares(limit), snapshot.evicted(limit), found[:limit], last))
 
         return await self._admission.run(PLATFORM, read)
+
+    async def advice(self, days: int) -> list[Advice]:
+        """Returns what an operator may do about the memory of this process. Pinned versions are unread if no process
+        has recorded a read for so many days; the 200 largest are examined.
+
+        Raises:
+            StorageFailed: the catalog refuses.
+        """
+        tiers, snapshot = self._registry.tiers(), self._registry.snapshot()
+
+        def examine() -> list[Advice]:
+            pinned = {VersionName(*key[:4]): nbytes for key, nbytes in snapshot.pinned(_MOST_EXAMINED)}
+            unread = [
+                PinnedVersion(name.tenant, name.adapter, name.number, pinned[name])
+                for name in self._usage.unread(pinned, days)
+            ]
+            return [*advice.of_unread(unread, days), *advice.of_tiers(tiers)]
+
+        return await self._admission.run(PLATFORM, examine)
 
     def on_changes(self, changes: Sequence[Change]) -> None:
         """Take what was deleted or encoded again out of memory, whichever process did it."""

@@ -1,5 +1,6 @@
 """Reports of a registry: the bytes of each budget, the versions in memory, and the tenants' shares."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
@@ -42,11 +43,25 @@ class TierReport:
 
 
 @dataclass(frozen=True, slots=True)
+class RenderingReport:
+    """One rendering in host memory: its dtype, its layers and heads as a request names them (`0:32`), its bytes, and
+    the lookups since it was made.
+    """
+
+    dtype: str
+    layers: str
+    kv_heads: str
+    nbytes: int
+    uses: int
+
+
+@dataclass(frozen=True, slots=True)
 class ResidentReport:
     """One version in memory.
 
     `device_bytes` and `host_bytes` are the bytes of its prefix on the device and of its `renderings` in host memory,
     `uses` the lookups since it was loaded, `readers` its current leases, and `reason` why it stays.
+    `largest_renderings` are up to 8 of its renderings, the largest first.
     """
 
     tenant: str
@@ -60,6 +75,7 @@ class ResidentReport:
     readers: int
     pinned: bool
     reason: Reason
+    largest_renderings: Sequence[RenderingReport] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,19 +1,28 @@
 """The state of the registry's memory at one moment, which a thread can examine while the registry goes on."""
 
 import heapq
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any, Final, Generic, TypeAlias, get_args
 
+from prefix_service.prefix.variant import Span
 from prefix_service.registry.accounts import Entry, K
+from prefix_service.registry.eviction import Eviction
 from prefix_service.registry.keys import RenderingKey, VersionKey
-from prefix_service.registry.report import EvictionReport, Reason, ResidentReport, ShareReport, TierName
-from prefix_service.registry.residency import Eviction
+from prefix_service.registry.report import (
+    EvictionReport,
+    Reason,
+    RenderingReport,
+    ResidentReport,
+    ShareReport,
+    TierName,
+)
 
 Place: TypeAlias = tuple[int, VersionKey]
 """A version's position in the order of `Snapshot.resident`: its bytes, negated, and its key."""
 
+_MOST_RENDERINGS: Final = 8  # of one version that are shown
 _SUMS: Final = ("device_bytes", "host_bytes", "renderings", "uses", "readers")
 
 
@@ -76,17 +85,26 @@ class Snapshot:
         found = heapq.nsmallest(limit, (place for place in places if after is None or place > after))
         return self._rows([key for _, key in found])
 
+    def pinned(self, limit: int) -> list[tuple[VersionKey, int]]:
+        """Returns up to `limit` pinned versions, the largest first, and their bytes on the device."""
+        found = ((key.whole, entry.nbytes) for key, entry in self.prefixes.entries if entry.pinned)
+        return heapq.nsmallest(limit, found, key=lambda one: (-one[1], one[0]))
+
     def _rows(self, keys: Sequence[VersionKey]) -> list[ResidentReport]:
         rows: dict[VersionKey, ResidentReport | None] = dict.fromkeys(keys)
         for prefix, entry in self.prefixes.entries:
             if (key := prefix.whole) in rows:
                 row = _row(key, entry, self.prefixes.reason(prefix, entry))
                 rows[key] = _joined(rows[key], replace(row, device_bytes=entry.nbytes))
+        renderings: defaultdict[VersionKey, list[RenderingReport]] = defaultdict(list)
         for rendering, part in self.renderings.entries:
             if (key := rendering.version.whole) in rows:
                 row = _row(key, part, self.renderings.reason(rendering, part))
                 rows[key] = _joined(rows[key], replace(row, host_bytes=part.nbytes, renderings=1))
-        return [row for row in rows.values() if row is not None]
+                renderings[key].append(_rendering(rendering, part))
+        return [
+            replace(row, largest_renderings=_largest(renderings[key])) for key, row in rows.items() if row is not None
+        ]
 
 
 def place_of(row: ResidentReport) -> Place:
@@ -99,6 +117,19 @@ def _row(key: VersionKey, entry: Entry[Any], reason: Reason) -> ResidentReport:
     return ResidentReport(
         key.tenant, key.adapter, key.version, key.digest, 0, 0, 0, entry.uses, readers, entry.pinned, reason
     )
+
+
+def _rendering(key: RenderingKey, entry: Entry[Any]) -> RenderingReport:
+    return RenderingReport(key.dtype, _written(key.layers), _written(key.kv_heads), entry.nbytes, entry.uses)
+
+
+def _written(span: Span) -> str:
+    """Returns a range as a request names it."""
+    return f"{span[0]}:{span[1]}"
+
+
+def _largest(renderings: Sequence[RenderingReport]) -> list[RenderingReport]:
+    return heapq.nsmallest(_MOST_RENDERINGS, renderings, key=lambda one: (-one.nbytes, astuple(one)))
 
 
 def _evicted(tier: TierName, key: VersionKey, one: Eviction[Any]) -> EvictionReport:

@@ -1,4 +1,4 @@
-"""Parses and formats sizes in bytes: `20GiB`, `500MB`, `4096`."""
+"""Parses and formats sizes in bytes: `20GiB`, `500MB`, `4096`; and for people: `1.5 GiB`."""
 
 import re
 from fractions import Fraction
@@ -43,3 +43,12 @@ def written_bytes(nbytes: int) -> str:
         if power > 1 and nbytes and nbytes % 1024**power == 0:
             return f"{nbytes // 1024**power}{unit}"
     return str(nbytes)
+
+
+def human_bytes(count: float) -> str:
+    """Returns a size for people, in binary units: `20 B`, `1.5 GiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"

@@ -128,7 +128,7 @@ def test_compressed_bodies_cost_little(own: Server, reader: httpx.Client, case: 
 
 
 def test_other_bodies_have_a_megabyte(reader: httpx.Client, own: Server) -> None:
-    """Also those that are sent without a length."""
+    """Bodies other than uploads are refused above a megabyte, also without a declared length."""
     admin = own.client()
     body = json.dumps({"config": {"a": "x" * MIB}}).encode()
     for content in (body, iter([body])):

@@ -1,4 +1,4 @@
-"""A service with each parser, for both framing suites."""
+"""Fixtures of the framing suites: a service with each parser."""
 
 from collections.abc import Iterator
 
@@ -12,7 +12,7 @@ PARSERS = ("httptools", "h11")
 
 @pytest.fixture(scope="session")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Server]]:
-    """A service with each parser, and the adapters in it."""
+    """Yields a service with each parser, and the adapters in it."""
     folder = tmp_path_factory.mktemp("framing")
     with (
         running_server(folder / "a", environment={"PREFIX_HTTP_PARSER": PARSERS[0]}) as first,
@@ -25,5 +25,5 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Serv
 
 @pytest.fixture(params=PARSERS)
 def server(request: pytest.FixtureRequest, servers: dict[str, Server]) -> Server:
-    """The service with this parser."""
+    """Returns the service with one parser."""
     return servers[request.param]

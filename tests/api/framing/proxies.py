@@ -63,9 +63,9 @@ backend service
 
 @contextmanager
 def nginx(url: str, folder: Path, *, buffering: bool = False, kept: bool = True) -> Iterator[str]:
-    """nginx in front of the service at `url`; the URL for callers. With `buffering` it sends a request on when it has
-    all of the body. It forwards `Upgrade`; unless connections are `kept`, it asks in HTTP/1.0, one request on each, as
-    by default."""
+    """Yields the URL of nginx in front of the service at `url`. With `buffering` it sends a request on once it has the
+    whole body. It forwards `Upgrade`; unless connections are `kept`, it asks in HTTP/1.0 with a connection for each
+    request, as nginx does by default."""
     words = {"buffering": "on" if buffering else "off", "user": "user root;" if os.geteuid() == 0 else ""}
     words["connection"] = _KEPT if kept else _CLOSED
     with _proxy([_program("nginx"), "-p", str(folder), "-c"], _NGINX, url, folder, **words) as found:
@@ -74,7 +74,7 @@ def nginx(url: str, folder: Path, *, buffering: bool = False, kept: bool = True)
 
 @contextmanager
 def haproxy(url: str, folder: Path) -> Iterator[str]:
-    """HAProxy in front of the service at `url`; the URL for callers."""
+    """Yields the URL of HAProxy in front of the service at `url`."""
     with _proxy([_program("haproxy"), "-db", "-f"], _HAPROXY, url, folder) as found:
         yield found
 

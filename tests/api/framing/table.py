@@ -51,7 +51,7 @@ def filled(row: Row, key: str, alias: str, steal: bytes) -> list[bytes]:
 
 
 def exchange(address: tuple[str, int], pieces: list[bytes], timeout: float = 10) -> bytes:
-    """Send a row and the request behind it, and return all bytes that come until the connection ends, or is silent for
+    """Sends a row and the request behind it; returns all bytes that come until the connection ends, or is silent for
     `timeout` seconds."""
     *first, last = pieces
     received = b""

@@ -1,4 +1,4 @@
-"""An answer that comes before its request's body was read reaches the client."""
+"""An answer that the service sends before it has read the request's body reaches the client."""
 
 import socket
 import time
@@ -25,7 +25,8 @@ UNKNOWN_PART = b"--b\r\nContent-Disposition: form-data; name=foo\r\n\r\n" + b"x"
 def proxied(
     request: pytest.FixtureRequest, servers: dict[str, Server], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, str]]:
-    """URLs of nginx in front of each service; it asks in HTTP/1.0, which ends a connection with its answer."""
+    """Yields the URLs of nginx in front of each service; it asks in HTTP/1.0, which ends a connection with its
+    answer."""
     with ExitStack() as stack:
         yield {
             parser: stack.enter_context(
@@ -37,7 +38,7 @@ def proxied(
 
 @pytest.mark.parametrize("parser", PARSERS)
 def test_early_refusals_come_through_nginx(proxied: dict[str, str], servers: dict[str, Server], parser: str) -> None:
-    """A bad key is 401 and an unknown part is 422 each time, while 20 MB arrive, and never 502."""
+    """While 20 MB arrive, a bad key is 401 and an unknown part 422 each time, and never 502."""
     good = f"Bearer {servers[parser].admin_key}"
     for key, status in (("Bearer bad", 401), (good, 422)):
         found = {
@@ -51,7 +52,7 @@ def test_early_refusals_come_through_nginx(proxied: dict[str, str], servers: dic
 
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
 def test_early_refusals_reach_direct_clients(server: Server, version: str) -> None:
-    """A client that sends all of its body before it reads gets the answer, and the end."""
+    """A client that sends its whole body before it reads gets the answer and the end of the connection."""
     sent = f"POST {PATH} HTTP/{version}\r\nHost: a\r\nConnection: close\r\nContent-Length: {UPLOAD}\r\n\r\n"
     for _ in range(TIMES):
         with socket.create_connection(address(server.url), timeout=60) as connection:
@@ -71,7 +72,7 @@ def test_the_rest_is_not_awaited_for_long(server: Server) -> None:
 
 
 def send_slowly(connection: socket.socket) -> None:
-    """Send a byte now and then for 10 seconds."""
+    """Sends a byte now and then for 10 seconds."""
     for _ in range(200):
         connection.sendall(b"x")
         time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""Both parsers read the requests of `README.md`, and see each end at the same byte."""
+"""Both parsers read the requests of `README.md`, and see the end of each at the same byte."""
 
 import json
 import socket
@@ -16,12 +16,12 @@ ROWS = rows()
 
 @pytest.fixture(scope="module")
 def readers(servers: dict[str, Server]) -> dict[str, httpx.Client]:
-    """One client for each service: to make one costs more than to send a row."""
+    """Yields one client for each service, since making one costs more than sending a row."""
     return {parser: server.client() for parser, server in servers.items()}
 
 
 def test_the_table_is_read_whole() -> None:
-    """Each line of a table is a row, and no case stands there twice."""
+    """Each line of a table is a row, and no case occurs twice."""
     assert len(ROWS) >= 60
     assert len({row.case for row in ROWS}) == len(ROWS)
 
@@ -30,7 +30,7 @@ def test_the_table_is_read_whole() -> None:
 def test_both_parsers_answer_as_the_table_says(
     servers: dict[str, Server], readers: dict[str, httpx.Client], row: Row
 ) -> None:
-    """The statuses, and the end of the connection; the victim survives."""
+    """Statuses and the end of the connection are those of the table, and the victim survives."""
     found = {}
     for parser, server in servers.items():
         steal = f"DELETE {VICTIM} HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {server.admin_key}\r\n\r\n".encode()
@@ -43,7 +43,7 @@ def test_both_parsers_answer_as_the_table_says(
 
 @pytest.mark.parametrize("fields", ["Connection: Upgrade\r\nUpgrade: h2c\r\n", "Expect: 100-continue\r\n", ""])
 def test_a_delayed_body_is_never_a_request(server: Server, fields: str) -> None:
-    """The body of an upload that says `DELETE …/victim` is the body of an upload."""
+    """A delayed body that reads `DELETE …/victim` is not taken for a request."""
     key = f"Authorization: Bearer {server.admin_key}\r\n"
     body = f"DELETE {VICTIM} HTTP/1.1\r\nHost: x\r\n{key}\r\n"
     sent = f"POST {VICTIM}/prefix HTTP/1.1\r\nHost: a\r\n{key}{fields}Content-Type: application/json\r\n"
@@ -54,7 +54,7 @@ def test_a_delayed_body_is_never_a_request(server: Server, fields: str) -> None:
 
 
 def test_uploads_of_clients_that_offer_http_2_arrive(server: Server) -> None:
-    """An upload with `Upgrade: h2c` is a version, byte for byte, whether it comes in one segment or many."""
+    """An upload with `Upgrade: h2c` becomes a version byte for byte, in one segment or in many."""
     request = server.client().build_request("POST", versions_path(TENANT, "h2c"), files=_files())
     offer = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAMAAABkAAQ"}
     fields = {"Content-Type": request.headers["content-type"], "Authorization": f"Bearer {server.admin_key}", **offer}
@@ -67,7 +67,7 @@ def test_uploads_of_clients_that_offer_http_2_arrive(server: Server) -> None:
 
 
 def test_http_1_0_gets_no_chunks(server: Server) -> None:
-    """A listing whose length is not known ends with the connection; a HEAD and a 304 have no body."""
+    """For HTTP/1.0 a listing of unknown length ends with the connection; a HEAD and a 304 have no body."""
     path = f"{VICTIM}/prefix"
     key = f"Authorization: Bearer {server.admin_key}\r\n"
     etag = server.client().get(path).headers["etag"]

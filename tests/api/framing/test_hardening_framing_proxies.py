@@ -39,7 +39,7 @@ class Deployment:
 def deployed(
     request: pytest.FixtureRequest, servers: dict[str, Server], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Deployment]:
-    """This proxy in front of the service with this parser."""
+    """Yields one proxy in front of the service with one parser."""
     name, parser = request.param
     server, folder = servers[parser], tmp_path_factory.mktemp("proxy")
     if name == "HAProxy":
@@ -51,7 +51,8 @@ def deployed(
 
 
 def assert_own_answers(deployed: Deployment, cause: str) -> None:
-    """Ask twice on the proxy's connection: each answer is that to the question, and the victim survives."""
+    """Asks twice on the proxy's connection, and checks that each answer is that to its question and the victim
+    survives."""
     for number in range(2):
         name = f"{number}-{threading.get_ident()}-{time.monotonic_ns()}"
         answer = deployed.client.get(f"/v1/tenants/{TENANT}/adapters/mine@1", headers={"X-Request-ID": name})
@@ -61,7 +62,7 @@ def assert_own_answers(deployed: Deployment, cause: str) -> None:
 
 
 def test_no_row_reaches_another_caller(deployed: Deployment) -> None:
-    """Whatever the proxy makes of each row of the table, the next callers get their own answers."""
+    """After each row of the table, whatever the proxy makes of it, the next callers get their own answers."""
     for row in rows():
         exchange(address(deployed.url), filled(row, deployed.server.admin_key, ALIAS, HALF), timeout=1)
         assert_own_answers(deployed, row.case)
@@ -69,7 +70,8 @@ def test_no_row_reaches_another_caller(deployed: Deployment) -> None:
 
 @pytest.mark.parametrize("key", [True, False], ids=["with a key", "without a key"])
 def test_a_body_behind_upgrade_deletes_nothing(deployed: Deployment, key: bool) -> None:
-    """A body that is later than its head, or longer than one read, ends in the front half of a request."""
+    """A body behind `Upgrade` that arrives after its head, or is longer than one read, and ends in half a request
+    deletes nothing."""
     field = f"Authorization: Bearer {deployed.server.admin_key}\r\n" if key else ""
     attack(deployed.url, field, HALF, pause=0.3)
     assert_own_answers(deployed, "a later body")
@@ -79,7 +81,7 @@ def test_a_body_behind_upgrade_deletes_nothing(deployed: Deployment, key: bool) 
 
 
 def attack(url: str, field: str, body: bytes, pause: float = 0) -> None:
-    """Post a body behind `Upgrade`, and wait until the proxy has answered."""
+    """Posts a body behind `Upgrade`, and waits until the proxy has answered."""
     sent = f"POST {VICTIM}/prefix HTTP/1.1\r\nHost: a\r\n{field}{UPGRADE}Content-Type: application/json\r\n"
     with socket.create_connection(address(url), timeout=60) as connection:
         connection.sendall(f"{sent}Content-Length: {len(body)}\r\n\r\n".encode())
@@ -91,7 +93,8 @@ def attack(url: str, field: str, body: bytes, pause: float = 0) -> None:
 
 
 def test_a_client_always_gets_the_adapter_it_asked_for(deployed: Deployment) -> None:
-    """While keyless callers push the front half of a request for another adapter in front of it."""
+    """A client gets the adapter that it asked for, while callers without a key push half a request for another one in
+    front of it."""
     half = f"GET /v1/tenants/{TENANT}/adapters/other/prefix HTTP/1.1\r\nX-Swallowed: ".encode()
     stop = threading.Event()
 

@@ -13,7 +13,7 @@ ALIAS: Final = f"/v1/tenants/{TENANT}/adapters/mine/aliases/prod"
 
 
 def publish(client: httpx.Client) -> None:
-    """Publish the victim and two adapters of one shape, `mine`, which has an alias, and `other`."""
+    """Publishes the victim and two adapters of one shape, `mine`, which has an alias, and `other`."""
     for seed, name in enumerate(("victim", "mine", "other")):
         assert upload(client, TENANT, name, file=weights(seed)).status_code == 201
     assert client.put(ALIAS, json={"version": 1}).status_code == 201

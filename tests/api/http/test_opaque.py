@@ -1,4 +1,4 @@
-"""`api.http.opaque`, and whatever else a tenant sees: what others do is not told by numbers."""
+"""`api.http.opaque`: ids and revisions that tenants see reveal nothing of what others do."""
 
 import re
 import time
@@ -40,7 +40,7 @@ def test_neighbours_have_nothing_in_common() -> None:
 
 @given(COUNTED, st.integers(min_value=0, max_value=127))
 def test_a_text_that_was_altered_is_refused(number: int, bit: int) -> None:
-    """Wherever that is; so is one that another secret made."""
+    """A text that was altered anywhere, or made with another secret, is refused."""
     altered = f"{int(NUMBERS.text(number), 16) ^ (1 << bit):032x}"
     for text in (altered, OpaqueNumbers(b"t" * 32).text(number)):
         with pytest.raises(InvalidRequest):
@@ -49,7 +49,7 @@ def test_a_text_that_was_altered_is_refused(number: int, bit: int) -> None:
 
 @given(st.text(max_size=40))
 def test_what_is_no_text_of_it_is_refused(text: str) -> None:
-    """In words."""
+    """A text of another form is InvalidRequest."""
     with pytest.raises(InvalidRequest, match="is not a value from a listing"):
         NUMBERS.number(text)
 

@@ -26,7 +26,7 @@ def report(hits: int, used: int) -> TierReport:
 
 
 def end_slot(live: Live, slot: int) -> None:
-    """What happens when a slot's time is over."""
+    """Ends the current slot, as the passing of time does."""
     sample = live._sample(slot)
     live._own.append(sample)
     if live._place is not None:
@@ -146,6 +146,6 @@ def test_tenants_are_bounded(slot: int) -> None:
     ],
 )
 def test_quantiles(counts: dict[int, int], part: float, expected: Any) -> None:
-    """As Prometheus estimates them; what took longer than the last bound is shown as that."""
+    """Quantiles are estimated as Prometheus does; one beyond the last bound is shown as that bound."""
     seconds = [counts.get(number, 0) for number in range(len(BOUNDS) + 1)]
     assert quantile(seconds, part) == expected

@@ -225,8 +225,11 @@ def test_a_scrape_tells_the_whole_service(tmp_path: Path) -> None:
         assert _files(folder) <= _files_of_two(files)
         assert scraped(server.client())["requests_in_flight"] >= 1
         ended = workers_of(server.process.pid)[0]
+        kept = [tmp_path / file.name for file in folder.glob("gauge_livesum_*")]
+        for link in kept:
+            link.hardlink_to(folder / link.name)
         os.kill(ended, signal.SIGTERM)  # in order: what it held is not the service's any more
-        _until(lambda: len(list(folder.glob("gauge_livesum_*"))) == 1)
+        _until(lambda: sorted(link.stat().st_nlink for link in kept) == [1, 2])  # its file is another's, or gone
         _until(lambda: ended not in workers_of(server.process.pid) and len(list(folder.glob("gauge_livesum_*"))) == 2)
         _expect(server, counter, 50)
         server.process.send_signal(signal.SIGTERM)

@@ -56,7 +56,7 @@ class Call(NamedTuple):
     @property
     def scope(self) -> str:
         """Returns the smallest scope that the route accepts."""
-        if "/keys" in self.template or self.template.endswith(("/audit", "/usage")) or self.template == "/v1/tenants":
+        if "/keys" in self.template or self.template.endswith(("/audit", "/usage", "/timeline", "/v1/tenants")):
             return "admin"
         if self.template == "/v1/tenants/{tenant}" and self.method in ("PUT", "DELETE"):
             return "admin"
@@ -262,10 +262,10 @@ def test_with_a_key_for_metrics_where_nothing_is(server: Server, keys: dict[str,
 
 
 @pytest.mark.parametrize("path", sorted(PUBLIC - {"/ui/session"}))
-def test_public_routes(server: Server, path: str) -> None:
+def test_public_routes(anyone: httpx.Client, path: str) -> None:
     """Public routes answer without a key and with a bad one."""
-    assert httpx.get(server.url + path).status_code == 200
-    assert httpx.get(server.url + path, headers={"Authorization": "Bearer x"}).status_code == 200
+    assert anyone.get(path).status_code == 200
+    assert anyone.get(path, headers={"Authorization": "Bearer x"}).status_code == 200
 
 
 def test_a_platform_read_key_serves_all_tenants(server: Server, keys: dict[str, str]) -> None:
@@ -421,10 +421,16 @@ def dev(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield running
 
 
-def _status(server: Server, call: Call, **headers: str) -> int:
+@pytest.fixture(scope="module")
+def visitor(dev: Server) -> httpx.Client:
+    """Returns a client of the service without keys."""
+    return dev.client("")
+
+
+def _status(visitor: httpx.Client, call: Call, **headers: str) -> int:
     """Returns the status of a request without a body that changes nothing if it is carried out."""
     fields = {name.replace("_", "-"): value for name, value in headers.items()}
-    return httpx.request(call.method, server.url + call.to("auth-none"), headers=fields).status_code
+    return visitor.request(call.method, call.to("auth-none"), headers=fields).status_code
 
 
 FOREIGN_HOSTS = (
@@ -434,12 +440,12 @@ FOREIGN_HOSTS = (
 
 
 @pytest.mark.parametrize("call", GUARDED, ids=_names(GUARDED))
-def test_dev_mode_answers_to_names_of_this_machine_alone(dev: Server, call: Call) -> None:
+def test_dev_mode_answers_to_names_of_this_machine_alone(dev: Server, visitor: httpx.Client, call: Call) -> None:
     """Dev mode refuses foreign Hosts on every route that shows data: to its browser, a page whose name leads here (DNS
     rebinding) is of the same origin, and sends no Origin.
     """
     for host in FOREIGN_HOSTS[:4]:
-        assert _status(dev, call, Host=host) == 403, host
+        assert _status(visitor, call, Host=host) == 403, host
     port = urlsplit(dev.url).port
     for host in (
         "localhost",
@@ -450,7 +456,7 @@ def test_dev_mode_answers_to_names_of_this_machine_alone(dev: Server, call: Call
         f"[::1]:{port}",
         "LocalHost",
     ):
-        assert _status(dev, call, Host=host) != 403, host
+        assert _status(visitor, call, Host=host) != 403, host
 
 
 def test_dev_mode_says_what_is_wrong_with_a_host(dev: Server) -> None:
@@ -467,12 +473,12 @@ def test_dev_mode_says_what_is_wrong_with_a_host(dev: Server) -> None:
 
 
 @pytest.mark.parametrize("call", GUARDED, ids=_names(GUARDED))
-def test_dev_mode_refuses_what_other_sites_ask(dev: Server, call: Call) -> None:
+def test_dev_mode_refuses_what_other_sites_ask(visitor: httpx.Client, call: Call) -> None:
     """Dev mode refuses requests that a browser marks as another site's, even without an Origin."""
     for site in ("cross-site", "same-site", "else"):
-        assert _status(dev, call, Sec_Fetch_Site=site) == 403, site
+        assert _status(visitor, call, Sec_Fetch_Site=site) == 403, site
     for site in ("same-origin", "none"):
-        assert _status(dev, call, Sec_Fetch_Site=site) != 403, site
+        assert _status(visitor, call, Sec_Fetch_Site=site) != 403, site
 
 
 def test_dev_mode_on_a_unix_socket_has_no_name(tmp_path: Path) -> None:

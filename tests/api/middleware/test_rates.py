@@ -339,3 +339,21 @@ def test_the_client_comes_again_when_it_may(server: Server, admin: httpx.Client)
         for _ in range(9):
             assert client.get("rated-client/a").version == 1
     assert time.monotonic() - began > 1
+
+
+async def test_replicas_share_a_rate() -> None:
+    """Each grants its part, at least one request in a second, as soon as it knows how many there are."""
+
+    async def rate_of(tenant: str) -> int | None:
+        return {"acme": 10, "small": 1}.get(tenant)
+
+    limits = RateLimits(rate_of, lambda: True)
+    for replicas, acme, small in ((1, 10, 1), (3, 4, 1), (1, 10, 1)):
+        limits.divide(replicas)
+        for tenant, quota in (("acme", acme), ("small", small)):
+            allowance = await limits.charge(tenant)
+            assert allowance is not None
+            assert allowance.quota == quota
+            said = allowance.refusal(tenant).message
+            assert ("to each of 3 replicas" in said) == (replicas == 3)
+        assert await limits.charge("free") is None

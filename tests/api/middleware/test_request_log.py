@@ -88,7 +88,7 @@ def test_one_line_for_each_request(own: Server) -> None:
     client = own.client(key["key"])
     answer = client.get(PREFIX, params={"batch_size": 2})
     line = _line(own, answer)
-    parts = [line.pop(f"{part}_seconds") for part in ("wait", "load", "send")]
+    parts = [line.pop(f"{part}_seconds") for part in ("prepare", "load", "send")]
     assert 0 < line["seconds"] < 10
     assert sum(parts) == pytest.approx(line.pop("seconds"), abs=1e-5)
     assert line.pop("timestamp")
@@ -117,7 +117,13 @@ def test_one_line_for_each_request(own: Server) -> None:
         None,
     )
     assert "key_id" not in refused
-    assert not {"adapter", "version", "versions", "cold", "wait_seconds"} & (failed.keys() | refused.keys())
+    assert not {"adapter", "version", "versions", "cold", "prepare_seconds"} & (failed.keys() | refused.keys())
+
+
+@pytest.mark.parametrize("path", ["/docs", "/openapi.json", "/ui", "/ui/app.js", "/"])
+def test_public_pages_are_named(own: Server, path: str) -> None:
+    """A page that needs no key has its own path as its route."""
+    assert _line(own, own.client("").get(path))["route"] == path
 
 
 def test_a_line_says_what_was_loaded(own: Server) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from prefix_service.api.http.revisions import Revisions
+from prefix_service.api.http.opaque import Revisions
 from prefix_service.api.middleware.revisions import RevisionMiddleware
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.feed import ChangeFeed

@@ -29,6 +29,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
             publish(admin, "summarize", {**CONFIG, "revision": f"r{seed}"}, seed, "# Summaries", {"author": "Ada"})
         hostile = {**CONFIG, "base_model_name_or_path": HOSTILE, "revision": HOSTILE + "y" * 20_000}
         card = f"# {HOSTILE}\n" + "z" * 200_000
+        publish(admin, "hostile", {**CONFIG, "inference_mode": False}, 8, "", {})
         publish(admin, "hostile", hostile, 9, card, {"note": HOSTILE, "long": LONG})
         admin.put("/v1/tenants/acme/adapters/summarize/aliases/prod", json={"version": 1})
         admin.post("/v1/tenants/acme/keys", json={"scope": "read", "name": HOSTILE})
@@ -106,6 +107,8 @@ def _watch(context: BrowserContext, seen: Seen) -> None:
         route.abort()
 
     context.route(lambda url: not url.startswith((f"{seen.url}/", "data:")), guard)
+    told = "addEventListener('securitypolicyviolation', (event) => console.error(`CSP: ${event.violatedDirective}`))"
+    context.add_init_script(told)
     seen.page.on("console", lambda told: seen.errors.append(told.text) if told.type == "error" else None)
     seen.page.on("pageerror", lambda error: seen.errors.append(str(error)))
     seen.page.on("dialog", lambda dialog: seen.errors.append(dialog.message))

@@ -1,18 +1,23 @@
 """The page in a browser: every view and flow."""
 
 import re
+import sqlite3
+from contextlib import closing
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 import torch
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Route, expect
+from playwright.sync_api import Page, Route, expect
 from safetensors.torch import save
 
+from prefix_service.data_folder.opening import catalog_file
 from prefix_service.prefix.kv import PrefixKV
 from tests.api.helpers import CONFIG, upload, weights
-from tests.api.page.conftest import HOSTILE, Seen
+from tests.api.page.conftest import HOSTILE, Seen, publish
 from tests.conftest import Server
 
 VIEWS = {
@@ -27,6 +32,7 @@ VIEWS = {
     "audit": "Audit",
     "console": "Console",
 }
+OVERVIEW = re.compile(r"/v1/residency\?")
 
 
 def test_signing_in_and_out(service: Server, seen: Seen) -> None:
@@ -90,7 +96,7 @@ def test_a_reader_sees_what_it_may(service: Server, seen: Seen) -> None:
 
 
 def test_now_is_live(service: Server, admin_page: Seen) -> None:
-    """What is asked for after the view was opened comes in by itself, and refusals are explained."""
+    """The view shows requests that come after it was opened, and explains refusals."""
     page = admin_page.page
     page.get_by_text("requests a second", exact=True).wait_for()
     assert service.client().get("/v1/tenants/acme/adapters/now-missing").status_code == 404
@@ -124,7 +130,7 @@ def test_upload_and_residency(admin_page: Seen, adapter_folder: Path) -> None:
 
 
 def test_evictions_are_explained(admin_page: Seen) -> None:
-    """What left memory lately, for whom, and what that says."""
+    """The view shows which version was evicted, for whom, and explains the reason."""
     reasons = {
         "probation": "beta needed room, and it was new and hardly used",
         "idle": "beta needed room, and it had not been used lately",
@@ -141,11 +147,68 @@ def test_evictions_are_explained(admin_page: Seen) -> None:
         found = route.fetch()
         route.fulfill(response=found, json={**found.json(), "evicted": evicted})
 
-    page.route("**/v1/residency?*", answer)
+    page.route(OVERVIEW, answer)
     admin_page.open("residency", "Memory")
     table = page.get_by_role("group", name="Evicted lately")
     for number, words in enumerate(reasons.values(), 1):
         expect(table.get_by_role("row").filter(has_text=f"acme/gone@{number}")).to_contain_text(words)
+
+
+def _pixels(page: Page, title: str) -> str:
+    """What a treemap shows."""
+    found: str = page.get_by_role("img", name=re.compile(f"^{title} by tenant")).evaluate(
+        "(canvas) => canvas.toDataURL()"
+    )
+    return found
+
+
+def test_memory_by_tenant_adapter_and_form(service: Server, admin_page: Seen) -> None:
+    """A map of each budget down to forms: each box is read by pointer, hatched if it is pinned, and chosen to pin its
+    version; what the service advises is there, with the versions that it names."""
+    client, page = service.client(), admin_page.page
+    client.put("/v1/tenants/acme/adapters/summarize@2/residency", json={"pinned": True})
+    for dtype in ("float32", "float16"):
+        assert client.get("/v1/tenants/acme/adapters/summarize@2/prefix", params={"dtype": dtype}).status_code == 200
+    with closing(sqlite3.connect(catalog_file(service.data_dir))) as catalog, catalog:
+        catalog.execute("UPDATE versions SET created = '2020-01-01 00:00:00' WHERE number = 2")
+        catalog.execute("DELETE FROM usage WHERE version = 2")
+
+    def only_pinned(route: Route) -> None:
+        found = route.fetch()
+        resident = [one for one in found.json()["resident"] if one["pinned"]]
+        route.fulfill(response=found, json={**found.json(), "resident": resident})
+
+    page.route(OVERVIEW, only_pinned)
+    admin_page.open("residency", "Memory")
+    advice = page.get_by_text("1 pinned version unread for 7 days holds ")
+    advice.get_by_role("button", name="acme/summarize@2").click()
+    chosen = page.get_by_role("region", name="The chosen version")
+    forms = chosen.get_by_role("group", name="Its renderings").get_by_role("row")
+    expect(forms.nth(1)).to_contain_text("float32, layers 0:2, heads 0:2384 B")
+    expect(forms.nth(2)).to_contain_text("float16, layers 0:2, heads 0:2192 B")
+    hosts, device = (
+        page.get_by_role("img", name=re.compile(f"^{tier} memory.* by tenant")) for tier in ("Host", "Device")
+    )
+    hosts.hover(position={"x": 30, "y": 30})
+    expect(page.get_by_text("acme/summarize@2: float32, layers 0:2, heads 0:2, 384 B", exact=True)).to_be_visible()
+    box = hosts.bounding_box()
+    assert box is not None
+    hosts.hover(position={"x": box["width"] - 8, "y": box["height"] - 8})
+    expect(page.get_by_text("acme/summarize@2: float16, layers 0:2, heads 0:2, 192 B", exact=True)).to_be_visible()
+    device.hover(position={"x": 30, "y": 30})
+    expect(page.get_by_text(re.compile("^acme/summarize@2, [0-9]+ B, pinned$"))).to_be_visible()
+    hatched = _pixels(page, "Device memory")
+    page.unroute(OVERVIEW)
+    page.route(OVERVIEW, lambda route: route.fulfill(json=_unpinned(route.fetch().json())))
+    page.get_by_role("button", name="Refresh").click()
+    expect(chosen.get_by_role("button", name="Pin", exact=True)).to_be_visible()
+    assert _pixels(page, "Device memory") != hatched
+    client.delete("/v1/tenants/acme/adapters/summarize@2/residency")
+
+
+def _unpinned(overview: dict[str, Any]) -> dict[str, Any]:
+    """The same overview, if nothing were pinned, and its pinned versions were all that is in memory."""
+    return {**overview, "resident": [{**one, "pinned": False} for one in overview["resident"] if one["pinned"]]}
 
 
 def test_a_folder_is_dropped(admin_page: Seen) -> None:
@@ -211,21 +274,73 @@ def test_a_quota_that_is_reached(service: Server, admin_page: Seen, adapter_fold
     admin_page.expect_refusal(507)
 
 
+def _count_reads(service: Server, adapter: str, version: int, *keys: str) -> None:
+    """Has the catalog count a read of a version in this hour by each key."""
+    hour = f"{datetime.now(UTC):%Y-%m-%d %H}:00:00"
+    with closing(sqlite3.connect(catalog_file(service.data_dir))) as catalog, catalog:
+        for key in keys:
+            add = "INSERT INTO usage SELECT ?, id, ?, ?, ?, 1, 1, 1, 1 FROM tenants WHERE name = 'acme'"
+            catalog.execute(add, (hour, adapter, version, key))
+
+
 def test_an_alias_is_moved_and_rolled_back(service: Server, admin_page: Seen) -> None:
-    """The dialog shows what changes; afterwards the first button is the way back."""
-    page, alias = admin_page.page, "/v1/tenants/acme/adapters/summarize/aliases/prod"
-    admin_page.open("adapters/acme/summarize@3", "acme/summarize")
+    """The dialog shows what changes, and who reads the old version and not yet the new one, before and after; then the
+    first button is the way back, to where the service says that the alias was."""
+    client, page, alias = service.client(), admin_page.page, "/v1/tenants/acme/adapters/rolled/aliases/prod"
+    for seed in range(3):
+        publish(client, "rolled", {**CONFIG, "revision": f"r{seed}"}, seed, "", {})
+    client.put(alias, json={"version": 1})
+    fleet = client.post("/v1/tenants/acme/keys", json={"scope": "read", "name": "the fleet"}).json()
+    _count_reads(service, "rolled", 1, "a", "b", fleet["id"])
+    _count_reads(service, "rolled", 3, fleet["id"])
+    page.clock.install()
+    admin_page.open("adapters/acme/rolled@3", "acme/rolled")
     page.get_by_role("button", name="Move alias prod").click()
     dialog = page.get_by_role("dialog")
     expect(dialog.get_by_role("row").filter(has_text="revision")).to_contain_text('"r0""r2"')
+    expect(dialog.get_by_role("status")).to_contain_text("2 keys have read version 1 in the last hour")
+    expect(dialog.get_by_role("status")).to_contain_text("and not yet version 3.")
+    found = Axe().run(page).response["violations"]
+    assert [one["id"] for one in found if one["impact"] in ("serious", "critical")] == []
     dialog.get_by_role("button", name="Move it").click()
-    told = page.get_by_role("status").filter(has_text="prod points at 3 now")
-    expect(told.get_by_text("prod points at 3 now")).to_be_visible()
-    assert service.client().get(alias).json()["version"] == 3
-    expect(told.get_by_role("button").first).to_have_text("Roll back")
-    told.get_by_role("button", name="Roll back").click()
+    expect(dialog.get_by_role("heading")).to_have_text("prod points at 3 now")
+    assert client.get(alias).json()["version"] == 3
+    expect(dialog.get_by_role("status")).to_contain_text("2 keys have read version 1")
+    _count_reads(service, "rolled", 3, "a")
+    page.clock.fast_forward(10_000)
+    expect(dialog.get_by_role("status")).to_contain_text("1 key has read version 1")
+    expect(dialog.get_by_role("button").first).to_have_text("Roll back")
+    dialog.get_by_role("button", name="Roll back").click()
     expect(page.get_by_text("prod points at 1 again")).to_be_visible()
-    assert service.client().get(alias).json()["version"] == 1
+    expect(dialog).to_have_count(0)
+    assert client.get(alias).json() == {"alias": "prod", "version": 1, "previous": 3}
+    readers = page.get_by_role("group", name="Who reads it").get_by_role("row")
+    expect(readers.filter(has_text="the fleet")).to_contain_text("the fleet" + fleet["id"] + "2")
+    expect(readers).to_have_count(4)
+
+
+def test_a_rollback_that_is_too_late(service: Server, admin_page: Seen) -> None:
+    """A new alias is deleted again. Whoever moved an alias meanwhile is not overruled: the page says where it is."""
+    page, alias = admin_page.page, "/v1/tenants/acme/adapters/summarize/aliases/next"
+    dialog = page.get_by_role("dialog")
+    admin_page.open("adapters/acme/summarize@3", "acme/summarize")
+    page.get_by_role("button", name="New alias").click()
+    dialog.get_by_label("Name").fill("next")
+    dialog.get_by_role("button", name="Make it").click()
+    expect(dialog.get_by_role("heading")).to_have_text("next points at 3 now")
+    dialog.get_by_role("button", name="Roll back").click()
+    expect(page.get_by_text("next is deleted again")).to_be_visible()
+    assert service.client().put(alias, json={"version": 1}).status_code == 201
+    page.reload()
+    page.get_by_role("button", name="Move alias next").click()
+    dialog.get_by_role("button", name="Move it").click()
+    expect(dialog.get_by_role("heading")).to_have_text("next points at 3 now")
+    service.client().put(alias, json={"version": 2})
+    dialog.get_by_role("button", name="Roll back").click()
+    expect(dialog.get_by_role("alert")).to_contain_text("points at 2")
+    assert service.client().get(alias).json()["version"] == 2
+    admin_page.expect_refusal(412)
+    service.client().delete(alias)
 
 
 def test_two_versions_are_compared(admin_page: Seen) -> None:
@@ -238,6 +353,7 @@ def test_two_versions_are_compared(admin_page: Seen) -> None:
     expect(page.get_by_role("row").filter(has_text="peft_type")).to_have_count(0)
     timeline = page.get_by_role("list").filter(has_text="published")
     expect(timeline).to_contain_text("alias prod was moved to this version")
+    expect(timeline.get_by_role("link").first).to_have_attribute("href", re.compile("^#/audit/[0-9a-f]{32}$"))
 
 
 def _publish_sinks(client: httpx.Client) -> None:
@@ -350,27 +466,89 @@ def test_keys_are_made_rotated_and_revoked(service: Server, admin_page: Seen) ->
     assert service.client(second).get("/v1/whoami").status_code == 200
 
 
-@pytest.mark.parametrize(
-    "view", ["adapters/acme", "adapters/acme/hostile", "tenants/acme", "audit", "usage", "residency", "now"]
-)
-def test_foreign_text_is_text(service: Server, admin_page: Seen, view: str) -> None:
-    """Markup, scripts and addresses are shown as they were written, long ones fit, and the direction of text stays."""
-    assert service.client().get("/v1/tenants/acme/adapters/hostile/prefix").status_code == 200
-    page = admin_page.page
-    page.set_viewport_size({"width": 400, "height": 900})
-    page.goto(f"{admin_page.url}/ui#/{view}")
-    page.get_by_role("heading", level=1).wait_for()
-    page.wait_for_timeout(500)
-    if view.endswith("hostile"):
-        expect(page.get_by_label("The model card")).to_contain_text("<script>window.pwned=1</script><svg onload")
-        expect(page.get_by_text("<script>window.pwned=1").first).to_be_visible()
-    if view == "tenants/acme":
-        expect(page.get_by_text(HOSTILE[:50]).first).to_be_visible()
+def _require_text(page: Page) -> None:
+    """Nothing of what others wrote has become markup, a script or an address, turns text, or makes the page wide."""
     assert page.evaluate("document.querySelectorAll('main script, main svg, main img, main iframe').length") == 0
     assert page.evaluate("[...document.links].filter((link) => !/^https?:/.test(link.href)).length") == 0
     assert page.evaluate("window.pwned") is None
     assert "\u202e" not in page.locator("body").inner_text()
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
+
+
+def test_foreign_text_is_text(service: Server, admin_page: Seen) -> None:
+    """Markup, scripts and addresses are shown as they were written, long ones fit, and the direction of text stays."""
+    client, page, written = service.client(), admin_page.page, HOSTILE[:20]
+    assert client.get("/v1/tenants/acme/adapters/hostile/prefix").status_code == 200
+    assert client.put("/v1/tenants/acme/adapters/hostile/aliases/prod", json={"version": 2}).status_code == 201
+    page.set_viewport_size({"width": 400, "height": 900})
+    for view, shown in (
+        ("adapters/acme", "hostile"),
+        ("tenants/acme", written),
+        ("audit", "acme/hostile@2"),
+        ("usage", "Requests an hour"),
+        ("residency", "acme/hostile@2"),
+        ("now", "requests a second"),
+        ("adapters/acme/hostile@2", written),
+    ):
+        page.goto(f"{admin_page.url}/ui#/{view}")
+        page.get_by_role("heading", level=1).wait_for()
+        expect(page.get_by_text(shown).first).to_be_visible()
+        _require_text(page)
+    expect(page.get_by_label("The model card")).to_contain_text("<script>window.pwned=1</script><svg onload")
+    expect(page.get_by_role("definition").filter(has_text=written).last).to_be_visible()
+    expect(page.get_by_role("list").filter(has_text="published")).to_contain_text("alias prod was moved")
+    expect(page.get_by_role("figure").first).to_be_visible()
+    page.get_by_label("Compare with version").select_option("1")
+    expect(page.get_by_role("row").filter(has_text="revision").get_by_text(written)).to_be_visible()
+    expect(page.get_by_text("Relative distance of keys")).to_be_visible()
+    _require_text(page)
+    page.get_by_role("button", name="Move alias prod").click()
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_label("From version 2 to").select_option("1")
+    expect(dialog.get_by_role("row").filter(has_text="revision").get_by_text(written)).to_be_visible()
+    _require_text(page)
+    dialog.get_by_role("button", name="Cancel").click()
+    admin_page.open("console", "Console")
+    page.route(re.compile(r"/adapters/hostile\?"), lambda route: route.fulfill(json={"name": HOSTILE * 16_384}))
+    page.get_by_label("Path").fill(f"v1/tenants/acme/adapters/hostile?{HOSTILE}")
+    page.get_by_role("button", name="Send").click()
+    expect(page.get_by_label("The answer")).to_contain_text(written)
+    expect(page.get_by_role("button", name=re.compile("Show all 1,[0-9]{3},[0-9]{3} characters"))).to_be_visible()
+    _require_text(page)
+    admin_page.open("audit", "Audit")
+    admin_page.open("console", "Console")
+    expect(page.get_by_text("acme/adapters/hostile?%3Cscript").first).to_be_visible()
+    _require_text(page)
+
+
+@pytest.mark.parametrize(("heads", "tokens"), [(128, 8), (1, 4096)])
+def test_large_tables(service: Server, admin_page: Seen, heads: int, tokens: int) -> None:
+    """512 layers, and many heads or tokens: few bytes come and few elements are made, each cell can be read, and the
+    page keeps up with the pointer."""
+    shape = {"num_layers": 512, "num_attention_heads": heads, "token_dim": heads, "num_virtual_tokens": tokens}
+    flat = torch.rand(tokens, 1024 * heads, generator=torch.Generator().manual_seed(0))
+    file = save({"prompt_embeddings": flat})
+    assert upload(service.client(), "acme", f"large-{heads}", {**CONFIG, **shape}, file).status_code == 201
+    page = admin_page.page
+    with page.expect_response("**/statistics") as answered:
+        admin_page.open(f"adapters/acme/large-{heads}@1", f"acme/large-{heads}")
+    assert len(answered.value.body()) < 300_000
+    name = "head" if heads > 1 else "virtual token"
+    figure = page.get_by_role("figure").filter(has_text=f"Norm of keys by layer and {name}")
+    canvas, words = figure.locator("canvas"), figure.locator("output")
+    canvas.focus()
+    for key in ("ArrowDown", "End"):
+        page.keyboard.press(key)
+    last = "heads 124\u2013127" if heads > 1 else "tokens 3968\u20134095"
+    expect(words).to_contain_text(f"layers 4\u20137, {last}: ")
+    assert page.evaluate("document.querySelectorAll('*').length") < 2000
+    box = canvas.bounding_box()
+    assert box is not None
+    for step in range(0, 64, 7):
+        canvas.hover(position={"x": box["width"] * (step + 0.5) / 64, "y": box["height"] * (step + 0.9) / 64})
+    expect(words).to_contain_text("layers 508\u2013511, ")
+    figure.get_by_text("As a table").click()
+    expect(figure.get_by_role("cell")).to_have_count(4096)
 
 
 def test_twenty_thousand_adapters(admin_page: Seen) -> None:
@@ -437,7 +615,7 @@ def test_the_console_asks_its_own_origin_alone(admin_page: Seen) -> None:
 
 
 def test_a_tenants_admin_sees_the_tenant(service: Server, seen: Seen) -> None:
-    """It manages its keys, reads its usage and audit, and nothing of the platform is there."""
+    """A tenant's admin manages its keys and reads its usage and audit, and sees nothing of the platform."""
     made = service.client().post("/v1/tenants/acme/keys", json={"scope": "admin"}).json()
     seen.sign_in(made["key"])
     seen.open("tenants", "acme")

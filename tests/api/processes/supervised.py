@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from prefix_service.api.processes.supervisor import Supervisor, Timeouts
-from prefix_service.api.processes.worker import SIGN, die_with
+from prefix_service.api.processes.supervisor import SIGN, Supervisor, Timeouts
+from prefix_service.api.processes.worker import die_with
 from prefix_service.errors import PrefixServiceError
 from prefix_service.logs import configure
 

@@ -15,7 +15,7 @@ import pytest
 import sqlalchemy as sa
 
 from prefix_service.api.app import create_app
-from prefix_service.api.http.revisions import Revisions
+from prefix_service.api.http.opaque import Revisions
 from prefix_service.catalog.changes import catalog_id
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.records import Principal

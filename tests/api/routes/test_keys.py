@@ -110,7 +110,7 @@ def test_a_key_ends_when_it_was_said_to(server: Server, admin: httpx.Client, pat
     ids=str,
 )
 def test_what_is_no_end(admin: httpx.Client, path: str, body: dict[str, Any]) -> None:
-    """Nothing, the past, no moment, and additional fields are refused."""
+    """An end that is empty, in the past or no moment is refused, and so are additional fields."""
     key = made(admin, path, expires="2999-12-31T00:00:00Z")
     problem(admin.put(f"{path}/{key['id']}", json=body), 422, "invalid-request")
     assert admin.get(f"{path}/{key['id']}").json()["expires"] == "2999-12-31T00:00:00Z"

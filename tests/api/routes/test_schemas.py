@@ -94,7 +94,7 @@ def resolved(schema: Any, document: dict[str, Any]) -> Any:
 
 def test_one_unknown_field_is_enough() -> None:
     """One error is collected for any number of unknown fields."""
-    from prefix_service.api.dependencies.json_bodies import validated
+    from prefix_service.api.http.json_objects import validated
     from prefix_service.api.routes.residency import ResidencyRequest
     from prefix_service.errors import InvalidRequest
 
@@ -105,7 +105,7 @@ def test_one_unknown_field_is_enough() -> None:
 @pytest.mark.parametrize("version", [1, 1.0])
 def test_a_whole_number_is_an_integer(version: float) -> None:
     """A whole number is an integer however it is written, as in JSON Schema."""
-    from prefix_service.api.dependencies.json_bodies import validated
+    from prefix_service.api.http.json_objects import validated
     from prefix_service.api.routes.aliases import AliasTarget
 
     assert validated(AliasTarget, {"version": version}).version == 1
@@ -121,7 +121,7 @@ def test_a_whole_number_is_an_integer(version: float) -> None:
 )
 def test_json_has_types(name: str, wrong: Any) -> None:
     """In a body, text and booleans are no numbers, and numbers no booleans, other than in a query."""
-    from prefix_service.api.dependencies.json_bodies import validated
+    from prefix_service.api.http.json_objects import validated
     from prefix_service.errors import InvalidRequest
     from prefix_service.library.plan import PrefixBody
 

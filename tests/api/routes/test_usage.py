@@ -122,6 +122,9 @@ def test_batches_for_many_adapters_and_inference(service: Service) -> None:
         ("b", None, service.reader_id, 1, 0, 3 * TOKENS),
         ("b", None, "platform", 1, 1, 2 * TOKENS),
     ]
+    of_b = service.admin.get("/v1/tenants/acme/usage", params={"by": "adapter,key", "adapter": "b"}).json()["items"]
+    assert of_b == items[1:]
+    problem(service.admin.get("/v1/tenants/acme/usage", params={"adapter": "B/"}), 422, "invalid-reference")
     assert items[0]["bytes"] + items[2]["bytes"] == len(mixed.content)
     assert items[1]["bytes"] == len(inferred.content)
 

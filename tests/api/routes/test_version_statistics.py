@@ -99,7 +99,7 @@ def test_a_reference_that_cannot_be_compared(client: httpx.Client, parameters: d
 
 @pytest.mark.parametrize("what", ["statistics", "compare?with=llama-n20-emb@1"])
 def test_caches_can_keep_the_answer(client: httpx.Client, what: str) -> None:
-    """What two numbers mean never changes; behind a name it is asked for again, and 304 if it is the same."""
+    """A comparison of two numbers can be cached for ever; one of names is revalidated, and is 304 if it is the same."""
     fixed, moving = (client.get(_path(reference, what)) for reference in ("llama-n20-emb@1", "llama-n20-emb"))
     assert fixed.headers["cache-control"].endswith("immutable")
     assert moving.headers["cache-control"] == "private, no-cache"

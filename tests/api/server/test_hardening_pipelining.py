@@ -125,7 +125,7 @@ async def test_a_known_key_does_not_wait_behind_the_crowd_of_another_tenant(pars
 
 
 async def test_tiny_chunks_leave_the_loop_to_others(parser: Parser) -> None:
-    """Of a body of 40,000 chunks of a byte, few are parsed in each turn of the loop, and none is lost."""
+    """A body of 40,000 chunks of a byte is parsed a few chunks in each turn of the event loop, and none is lost."""
     gate, seen = Gate(), [0]
     async with serving(gate, parser) as (server, port):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)

@@ -7,7 +7,7 @@ from typing import Final
 from rich.console import Console
 
 from prefix_service.client import PrefixClient
-from prefix_service.client.prefixes.float8 import ErrorFigures
+from prefix_service.client.prefixes.float8_error import ErrorFigures
 from tests.benchmarks.float8.measure import Found, corpus_cases, demo_cases, measure
 from tests.benchmarks.tables import Grid
 from tests.conftest import running_server

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 import prefix_service.cli.demo
 from prefix_service.cli.demo.model import find_model, load_model
 from prefix_service.client import Prefix, PrefixClient
-from prefix_service.client.prefixes.float8 import ErrorFigures
+from prefix_service.client.prefixes.float8_error import ErrorFigures
 from prefix_service.prefix.variant import KVDtype
 from tests.conftest import CORPUS
 

@@ -10,7 +10,7 @@ from typing import Final
 import libcachesim
 import numpy as np
 
-from prefix_service.registry.residency import Residency
+from prefix_service.registry.eviction import Residency
 from tests.benchmarks.residency.traces import Ints, Trace
 
 OURS: Final = "ours"

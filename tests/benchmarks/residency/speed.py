@@ -7,7 +7,7 @@ from typing import Final
 
 import numpy as np
 
-from prefix_service.registry.residency import Residency
+from prefix_service.registry.eviction import Residency
 from tests.benchmarks.residency.traces import zipf
 
 ENTRIES: Final = 40_000

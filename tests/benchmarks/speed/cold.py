@@ -18,7 +18,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
 
-from prefix_service.cli.console import human_bytes
+from prefix_service.system.sizes import human_bytes
 from tests.benchmarks.fleet import Hosted, Shape, percentile, publish_all
 from tests.benchmarks.speed.harness import QUIET, Chart, Outcome, say
 from tests.benchmarks.tables import Grid

@@ -13,7 +13,7 @@ from itertools import repeat
 from pathlib import Path
 from typing import Final
 
-from prefix_service.cli.console import human_bytes
+from prefix_service.system.sizes import human_bytes
 from tests.benchmarks.fleet import Hosted, Shape, percentile, zipf
 from tests.benchmarks.speed.harness import Chart, Outcome, Spread, say
 from tests.benchmarks.speed.load import Address, Load, Reader, closed_loop, get, open_loop

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from prefix_service.cli.console import human_bytes
+from prefix_service.system.sizes import human_bytes
 from tests.benchmarks.fleet import Shape, percentile
 from tests.benchmarks.speed.harness import Chart, Outcome, Spread, say
 from tests.benchmarks.speed.load import Load, closed_loop

@@ -13,7 +13,7 @@ from typing import Final
 
 import httpx
 
-from prefix_service.cli.console import human_bytes
+from prefix_service.system.sizes import human_bytes
 from tests.benchmarks.fleet import Shape
 from tests.benchmarks.speed import peers
 from tests.benchmarks.speed.harness import Chart, Outcome, Spread, in_turns, ratio, say

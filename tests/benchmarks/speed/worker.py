@@ -15,9 +15,9 @@ from typing import Any, Final
 import httpx
 import torch
 
-from prefix_service.cli.console import human_bytes
 from prefix_service.client import PrefixClient
 from prefix_service.settings import Settings
+from prefix_service.system.sizes import human_bytes
 from tests.benchmarks.fleet import Shape
 from tests.benchmarks.speed import peers
 from tests.benchmarks.speed.harness import Chart, Outcome, Spread, in_turns, ratio, say

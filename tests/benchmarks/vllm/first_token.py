@@ -20,8 +20,8 @@ from prefix_service.cli.demo.model import HOW_TO_GET_IT, LanguageModel, find_mod
 from tests.benchmarks.speed.harness import QUIET, Chart, Outcome, Spread, in_turns, machine, say
 from tests.benchmarks.tables import Grid
 from tests.conftest import running_server
-from tests.vllm.conftest import publish
 from tests.vllm.driver import PYTHON, Engine, engine, transfer_config
+from tests.vllm.publishing import publish
 from tests.vllm.smollm2 import save_model
 
 NEW: Final = "adapter, never seen"

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from prefix_service.cli.console import human_bytes
+from prefix_service.system.sizes import human_bytes
 from tests.cli.conftest import Run
 from tests.commands import run_command
 from tests.conftest import CORPUS, Server

@@ -1,4 +1,4 @@
-"""A client follows one catalog: an answer of another one is refused, whatever it says."""
+"""A client follows one catalog: it refuses answers of another one."""
 
 import asyncio
 import contextlib
@@ -19,7 +19,7 @@ Told = tuple[str | None, int]
 
 
 def told(catalog: str | None, status: int) -> tuple[int, dict[str, str], bytes]:
-    """An answer: adapters, or a problem."""
+    """Returns an answer with adapters, or with a problem."""
     headers = {} if catalog is None else {"Prefix-Catalog": catalog}
     if status == 200:
         return status, headers | {"Content-Type": "application/json"}, b'{"items": [], "next": null}'
@@ -29,7 +29,7 @@ def told(catalog: str | None, status: int) -> tuple[int, dict[str, str], bytes]:
 
 @contextlib.contextmanager
 def serving(answers: list[Told]) -> Iterator[str]:
-    """A server with these answers, over however many connections."""
+    """Yields the URL of a server with these answers, over any number of connections."""
     waiting = iter(answers)
 
     def script(connection: socket.socket) -> None:
@@ -43,7 +43,7 @@ def serving(answers: list[Told]) -> Iterator[str]:
 
 
 def mocked(answers: list[Told]) -> httpx.MockTransport:
-    """A transport of the caller's own with these answers."""
+    """Returns a transport of the caller's own with these answers."""
     waiting = iter(answers)
 
     def handle(_request: httpx.Request) -> httpx.Response:
@@ -54,7 +54,7 @@ def mocked(answers: list[Told]) -> httpx.MockTransport:
 
 
 def listed(url: str, options: Mapping[str, Any], kind: str, calls: int) -> list[type[Exception] | None]:
-    """How each of so many calls of one client ends."""
+    """Returns how each of several calls of one client ends."""
 
     def of(error: Exception | None) -> type[Exception] | None:
         if isinstance(error, InvalidResponse):
@@ -89,7 +89,8 @@ def listed(url: str, options: Mapping[str, Any], kind: str, calls: int) -> list[
 @pytest.mark.parametrize("kind", ["blocking", "async"])
 @pytest.mark.parametrize("way", ["own", "foreign"])
 def test_another_catalog_is_refused(way: str, kind: str) -> None:
-    """Also behind an error. Answers that name none are accepted, before and after one that does."""
+    """An answer of another catalog is refused, also if it is an error. Answers that name none are accepted before and
+    after one that does."""
     answers: list[Told] = [(None, 200), ("a", 200), (None, 200), ("b", 200), ("b", 404), ("a", 404), ("a", 200)]
     expected = [None, None, None, InvalidResponse, InvalidResponse, NotFound, None]
     if way == "foreign":
@@ -100,7 +101,7 @@ def test_another_catalog_is_refused(way: str, kind: str) -> None:
 
 
 def test_tensors_of_another_catalog_are_refused() -> None:
-    """The cache keeps what it has."""
+    """Tensors of another catalog are refused, and the cache keeps what it has."""
     catalogs = iter("ab")
 
     def script(connection: socket.socket) -> None:

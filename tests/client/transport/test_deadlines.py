@@ -1,4 +1,4 @@
-"""`timeout` is the deadline of a whole call, whatever the service does; no address or connection takes all of it."""
+"""`timeout` is the deadline of a whole call, whatever the service does; no address or connection uses up all of it."""
 
 import asyncio
 import inspect
@@ -78,7 +78,7 @@ CALLS: dict[str, Call] = {
 
 
 def called(client: Any, call: Call) -> Any:
-    """What a call returns, of a client of either kind, which is closed then."""
+    """Returns what a call of a client of either kind returns, and closes the client."""
 
     async def awaited() -> Any:
         try:
@@ -93,12 +93,12 @@ def called(client: Any, call: Call) -> Any:
 
 
 def reads_nothing(connection: socket.socket) -> None:
-    """Neither the request, nor an end."""
+    """A server that neither reads the request nor closes the connection."""
     time.sleep(60)
 
 
 def storms(connection: socket.socket) -> None:
-    """Interim answers without an end, one at a time."""
+    """A server that sends interim answers without end, one at a time."""
     read_request(connection)
     while True:
         connection.sendall(b"HTTP/1.1 103 Early Hints\r\nX: y\r\n\r\n")
@@ -106,7 +106,7 @@ def storms(connection: socket.socket) -> None:
 
 
 def drips_chunks(connection: socket.socket) -> None:
-    """A body without a length and without an end."""
+    """A server that sends a body without a length and without an end."""
     read_request(connection)
     connection.sendall(OK + b"Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n")
     while True:
@@ -126,7 +126,7 @@ SLOW: dict[str, Script] = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("script", SLOW.values(), ids=SLOW)
 def test_the_deadline_is_that_of_the_whole_call(kind: type[Any], script: Script) -> None:
-    """Of every method, of either client; all of them run side by side here."""
+    """Every method of both clients ends at the deadline; all of them run side by side here."""
     took: dict[str, float] = {}
     wrong: dict[str, object] = {}
 
@@ -156,7 +156,7 @@ VERSION = json.dumps({"tenant": "a", "adapter": "b", "version": 1, "digest": "sh
 
 
 def pages_for_ever(connection: socket.socket) -> None:
-    """Page after page, each with another cursor, as fast as they are asked for."""
+    """A server that sends page after page, each with another cursor, as fast as they are asked for."""
     for number in itertools.count():
         if not read_request(connection):
             return
@@ -165,7 +165,7 @@ def pages_for_ever(connection: socket.socket) -> None:
 
 
 def a_page_without_end(connection: socket.socket) -> None:
-    """One answer, as fast as it is read."""
+    """A server that sends one answer without end, as fast as it is read."""
     read_request(connection)
     connection.sendall(OK + JSON.encode() + b'\r\nTransfer-Encoding: chunked\r\n\r\n8\r\n{"items"\r\n')
     piece = b"100000\r\n" + b" " * (1 << 20) + b"\r\n"
@@ -177,7 +177,7 @@ def a_page_without_end(connection: socket.socket) -> None:
 @pytest.mark.parametrize("script", [pages_for_ever, a_page_without_end])
 @pytest.mark.parametrize("name", ["list", "audit", "tenants"])
 def test_a_listing_without_end_costs_neither_time_nor_memory(kind: type[Any], script: Script, name: str) -> None:
-    """It ends with the deadline, or with what a listing may have."""
+    """A listing without end fails at the deadline, or at the most that a listing may have."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.monotonic()
     with hostile_server(script) as server, pytest.raises((ConnectionFailed, InvalidResponse)):
@@ -187,7 +187,7 @@ def test_a_listing_without_end_costs_neither_time_nor_memory(kind: type[Any], sc
 
 
 def test_a_listing_has_a_bounded_number_of_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However long the deadline, and however small the pages."""
+    """A listing of too many pages fails, however long the deadline and however small the pages."""
     monkeypatch.setattr("prefix_service.client.flows.listing._MOST_PAGES", 20)
     with hostile_server(pages_for_ever) as server, PrefixClient(server.url) as client:
         with pytest.raises(InvalidResponse, match="20 pages"):
@@ -196,7 +196,7 @@ def test_a_listing_has_a_bounded_number_of_pages(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_listing_has_a_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many pages it has."""
+    """A listing of too many bytes fails, in any number of pages."""
     monkeypatch.setattr("prefix_service.client.flows.listing._MOST_BYTES", 20_000)
     with hostile_server(pages_for_ever) as server, PrefixClient(server.url) as client:
         with pytest.raises(InvalidResponse, match="20000 bytes"):
@@ -208,7 +208,7 @@ def test_a_listing_has_a_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def then_swallows(*answers: bytes) -> Script:
-    """Answers, and then takes requests and keeps silent, as the way to a peer that vanished."""
+    """A server that answers, then takes requests and keeps silent, as a peer that vanished seems to."""
 
     def script(connection: socket.socket) -> None:
         says(*answers)(connection)
@@ -224,7 +224,8 @@ EMPTY_PAGE = answer(b'{"items": [], "next": null}', JSON)
 @pytest.mark.parametrize("name", ["get", "list"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_half_open_connection_costs_a_part_of_the_deadline(kind: type[Any], name: str) -> None:
-    """A new connection is tried while there is time, though another idle one may be dead as well."""
+    """After a silent idle connection a new one is tried within the deadline, although another idle one is silent
+    too."""
     told, call = answer() if name == "get" else EMPTY_PAGE, CALLS[name]
 
     async def awaited(client: Any) -> float:
@@ -259,7 +260,8 @@ def test_a_half_open_connection_costs_a_part_of_the_deadline(kind: type[Any], na
 
 
 def test_a_change_goes_over_a_new_connection() -> None:
-    """That an idle one is dead would show only after the change may have been made."""
+    """A change is sent on a new connection, since a dead idle one would be noticed only after the change may have been
+    made."""
     made = answer(b"{}", JSON, status="201 Created")
     with hostile_server(says(EMPTY_PAGE), says(made)) as server, PrefixClient(server.url, timeout=60) as client:
         client.list("a")
@@ -272,7 +274,7 @@ def test_a_change_goes_over_a_new_connection() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_a_deadline_every_way_works(kind: type[Any]) -> None:
-    """Over TCP and a Unix socket, in ranges, over httpx, and of every method that answers are known for."""
+    """Without a deadline calls work over TCP and a Unix socket, in ranges and over httpx."""
     http = httpx.HTTPTransport if kind is PrefixClient else httpx.AsyncHTTPTransport
     with hostile_server(says(answer(), answer())) as server, hostile_server(says(answer()), uds=True) as local:
         for client in (
@@ -290,7 +292,7 @@ def test_without_a_deadline_every_way_works(kind: type[Any]) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_a_deadline_a_call_waits_for_a_service_that_is_away(kind: type[Any]) -> None:
-    """It is tried again until the service is there."""
+    """Without a deadline a call is repeated until the service is there."""
     port = free_port()
     found: list[Any] = []
     client = kind(f"http://127.0.0.1:{port}", timeout=None)
@@ -311,7 +313,7 @@ def test_without_a_deadline_a_call_waits_for_a_service_that_is_away(kind: type[A
 def test_without_a_deadline_a_half_open_connection_costs_a_minute_at_most(
     kind: type[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A quarter of no end would be no end; then a new connection is tried."""
+    """Without a deadline a silent idle connection is given up after a minute at most, and a new one is tried."""
     monkeypatch.setattr("prefix_service.client.transport.pool._MOST_PATIENCE", 0.3)
     call = CALLS["list"]
 
@@ -334,7 +336,7 @@ def test_without_a_deadline_a_half_open_connection_costs_a_minute_at_most(
 
 
 def test_a_wait_that_the_system_has_no_room_for_is_taken_in_parts() -> None:
-    """poll(2) counts milliseconds in 32 bits."""
+    """A deadline beyond the milliseconds of poll(2), which has 32 bits, is waited for in parts."""
     until = time.monotonic() + 1e12
     assert dialling.time_left(until) == dialling.time_left(float("inf")) == 1_000_000
 
@@ -344,7 +346,7 @@ def test_a_wait_that_the_system_has_no_room_for_is_taken_in_parts() -> None:
 
 @contextmanager
 def resolving(monkeypatch: pytest.MonkeyPatch, *addresses: tuple[str, int]) -> Iterator[None]:
-    """A name with these addresses."""
+    """Resolves a name to these addresses while the block runs."""
     real = socket.getaddrinfo
 
     def found(host: Any, port: Any, *args: Any, **options: Any) -> Any:
@@ -361,7 +363,7 @@ def resolving(monkeypatch: pytest.MonkeyPatch, *addresses: tuple[str, int]) -> I
 
 @contextmanager
 def silent_port() -> Iterator[int]:
-    """A port whose queue is full: a connection to it is neither accepted nor refused."""
+    """Yields a port whose queue is full: a connection to it is neither accepted nor refused."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(0)
@@ -381,7 +383,7 @@ def silent_port() -> Iterator[int]:
 def test_every_address_of_a_name_is_tried(
     kind: type[Any], dead: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Dead ones before the living one cost moments, of tensors and of all else."""
+    """Dead addresses before the living one cost moments, for tensors and for all other calls."""
     told = answer() if name == "get" else answer(VERSION, JSON)
     with hostile_server(says(told)) as server, silent_port() as silent:
         port = int(server.url.rpartition(":")[2])
@@ -398,7 +400,7 @@ def test_every_address_of_a_name_is_tried(
 
 
 def test_localhost_means_both_its_addresses() -> None:
-    """A service on 127.0.0.1 is found where localhost is ::1 too."""
+    """A service on 127.0.0.1 is found if localhost is ::1 too."""
     with hostile_server(says(answer())) as server:
         url = server.url.replace("127.0.0.1", "localhost")
         with PrefixClient(url, timeout=60) as client:
@@ -406,7 +408,8 @@ def test_localhost_means_both_its_addresses() -> None:
 
 
 def test_no_address_at_all_is_an_error_of_this_project(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last failure is named, within the deadline; a resolver that hangs too."""
+    """If no address answers, ConnectionFailed names the last failure within the deadline, also if the resolver
+    hangs."""
     with resolving(monkeypatch, ("127.0.0.1", free_port()), ("127.0.0.1", free_port())):
         client = PrefixClient("http://several.test", timeout=0.5)
         with client, pytest.raises(ConnectionFailed, match="refused"):
@@ -428,7 +431,7 @@ def test_no_address_at_all_is_an_error_of_this_project(monkeypatch: pytest.Monke
 
 
 def test_addresses_alternate_between_families() -> None:
-    """As RFC 8305 has it: a broken family costs one head start."""
+    """Addresses alternate between families (RFC 8305), so that a broken family costs one head start."""
     v6, v4 = (socket.AF_INET6, "six"), (socket.AF_INET, "four")
     assert dialling._interleaved([v6, v6, v4, v4, v4]) == [v6, v4, v6, v4, v4]
 
@@ -437,7 +440,7 @@ def test_addresses_alternate_between_families() -> None:
 
 
 def test_an_answer_that_comes_before_the_end_of_an_upload_is_read() -> None:
-    """A service that refuses a file in the middle of it says why, and is not sent the rest."""
+    """If a service refuses an upload in the middle, the error is raised, and the rest is not sent."""
     problem = b'{"code": "too-large", "detail": "no more than 10 bytes"}'
     refused = answer(problem, "Content-Type: application/problem+json", status="413 Content Too Large")
 
@@ -452,7 +455,7 @@ def test_an_answer_that_comes_before_the_end_of_an_upload_is_read() -> None:
 
 
 def test_every_call_is_here() -> None:
-    """No method of the clients goes untested, and every flow of `management` is one."""
+    """Every method of the clients, and every flow of `management`, is called by the tests of this module."""
     flows = {name for name, made in vars(management).items() if inspect.isgeneratorfunction(made)}
     flows = {name for name in flows if not name.startswith("_") and name not in ("pages", "adapter_alone")}
     methods = {name for name in vars(PrefixClient) if not name.startswith("_")} - {"close"}

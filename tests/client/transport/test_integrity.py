@@ -1,4 +1,4 @@
-"""Bodies are compared with their digests, on loopback too, where sidecars and port-forwards live."""
+"""Bodies are compared with their digests, also on loopback, where sidecars and forwarded ports are."""
 
 import asyncio
 
@@ -14,7 +14,7 @@ FLIPPED = BODY[:-1] + bytes([BODY[-1] ^ 1])
 
 
 def with_digests(body: bytes, *algorithms: Algorithm) -> bytes:
-    """An answer that carries `body` and the digests of `BODY`."""
+    """Returns an answer with `body` and the digests of `BODY`."""
     field = ", ".join(format_digest(algorithm, digest_of(algorithm, BODY)) for algorithm in algorithms)
     head = f'HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\nETag: "e"\r\nRepr-Digest: {field}\r\n\r\n'
     return head.encode() + body
@@ -23,7 +23,8 @@ def with_digests(body: bytes, *algorithms: Algorithm) -> bytes:
 @pytest.mark.parametrize("algorithms", [("crc32c",), ("sha-256",), ("sha-256", "crc32c")], ids=str)
 @pytest.mark.parametrize("is_async", [False, True], ids=["blocking", "asyncio"])
 def test_a_flipped_bit_is_an_error_and_is_not_cached(algorithms: tuple[Algorithm, ...], is_async: bool) -> None:
-    """By default, over TCP on loopback, also from an older service, which has SHA-256 alone."""
+    """By default a flipped bit is an error and is not cached, over TCP on loopback, and from an older service, which
+    has SHA-256 alone."""
     script = says(with_digests(FLIPPED, *algorithms), with_digests(BODY, *algorithms))
 
     async def fetch(url: str) -> None:
@@ -43,7 +44,7 @@ def test_a_flipped_bit_is_an_error_and_is_not_cached(algorithms: tuple[Algorithm
 
 
 def test_an_answer_without_a_digest_is_an_error() -> None:
-    """Something removed it on the way, and may have changed more."""
+    """A client that verifies refuses an answer without a digest: whatever removed it may have changed more."""
     bare = f"HTTP/1.1 200 OK\r\nContent-Length: {len(BODY)}\r\n\r\n".encode() + BODY
     with hostile_server(says(bare, bare)) as server:
         with PrefixClient(server.url) as client, pytest.raises(InvalidResponse, match="no Repr-Digest"):

@@ -1,4 +1,4 @@
-"""The way of tensors: framing, connections that stay, deadlines, cancellation."""
+"""`transport.pool`: framing of answers, persistent connections, deadlines, cancellation."""
 
 import asyncio
 import select
@@ -21,13 +21,13 @@ from tests.conftest import Server
 
 
 def is_right(prefix: Any) -> bool:
-    """Whether the tensors are those of `BODY`."""
+    """Returns whether the tensors are those of `BODY`."""
     tensor = prefix.kv.tensor
     return torch.equal(tensor, torch.arange(tensor.numel(), dtype=torch.float32).view(3, 2, 2, 20, 8))
 
 
 def chunked(body: bytes) -> bytes:
-    """In chunks of 1,000 bytes, as a proxy may send it."""
+    """Returns a body in chunks of 1,000 bytes, as a proxy may send it."""
     parts = [body[start : start + 1000] for start in range(0, len(body), 1000)]
     return b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
 
@@ -53,7 +53,8 @@ SOUND = {
 
 @pytest.mark.parametrize("form", SOUND)
 def test_every_form_of_answer_is_read(form: str) -> None:
-    """What HTTP/1.1 allows arrives, over this pool's own reader or h11's, and the next call works too."""
+    """Every form of answer that HTTP/1.1 allows is read, by the own reader or by h11, and the next call
+    works."""
     with hostile_server(says(SOUND[form]), says(answer())) as server, PrefixClient(server.url, timeout=60) as client:
         client.get("a/b@1")
         assert is_right(client.get("a/b@1"))
@@ -82,7 +83,8 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_no_broken_framing_passes_for_an_answer(fault: str) -> None:
-    """What is cut off, ambiguous or malformed is ConnectionFailed, after tries until the deadline."""
+    """An answer that is cut off, ambiguous or malformed is ConnectionFailed, after repeated tries until the
+    deadline."""
     with hostile_server(says(FAULTS[fault])) as server, PrefixClient(server.url, timeout=1) as client:
         with pytest.raises(ConnectionFailed):
             client.get("a/b@1")
@@ -90,7 +92,7 @@ def test_no_broken_framing_passes_for_an_answer(fault: str) -> None:
 
 
 def test_bytes_that_come_one_by_one() -> None:
-    """A head may arrive in any pieces."""
+    """A head is read from pieces of any size."""
 
     def drip(connection: socket.socket) -> None:
         read_request(connection)
@@ -106,7 +108,7 @@ def test_bytes_that_come_one_by_one() -> None:
 
 
 def test_a_small_answer_after_a_large_one() -> None:
-    """What was worth a waking in a large body is not asked of the next head."""
+    """After a large body a small answer arrives without delay: the receive threshold is set back for the next head."""
 
     def dawdling(connection: socket.socket) -> None:
         whole = answer(prefix_body(layers=400))
@@ -124,7 +126,7 @@ def test_a_small_answer_after_a_large_one() -> None:
 
 
 def test_a_length_beyond_memory_is_told() -> None:
-    """No answer makes the client ask for more memory than there can be, or retry."""
+    """A length that no memory can hold is InvalidResponse, without a retry."""
     with hostile_server(says(OK + b"Content-Length: %d\r\n\r\n" % 10**17)) as server:
         with PrefixClient(server.url) as client, pytest.raises(InvalidResponse, match="100000000000000000 bytes"):
             client.get("a/b@1")
@@ -132,7 +134,7 @@ def test_a_length_beyond_memory_is_told() -> None:
 
 
 def test_an_error_that_is_too_long_is_told() -> None:
-    """The body of an error is bounded."""
+    """The body of an error is bounded; a longer one is InvalidResponse."""
     long = b"HTTP/1.1 404 Not Found\r\nContent-Length: 2000000\r\n\r\n" + bytes(2_000_000)
     with (
         hostile_server(says(long)) as server,
@@ -142,8 +144,8 @@ def test_an_error_that_is_too_long_is_told() -> None:
         client.get("a/b@1")
 
 
-def test_errors_come_over_the_pool() -> None:
-    """Problems are raised as their class; a proxy's 502 is Unavailable; the connection stays."""
+def test_errors_come_over_pooled_connections() -> None:
+    """A problem is raised as its class, a proxy's 502 as Unavailable, and the connection stays."""
     problem = b'{"code": "not-found", "detail": "there is no a/b"}'
     told = answer(problem, "Content-Type: application/problem+json", status="404 Not Found")
     bad = answer(b"<html>", status="502 Bad Gateway")
@@ -166,7 +168,7 @@ def test_errors_come_over_the_pool() -> None:
 
 
 def test_a_connection_stays() -> None:
-    """Calls one after another share a connection; 304 too."""
+    """Consecutive calls use one connection, also after a 304."""
     current = b'HTTP/1.1 304 Not Modified\r\nETag: "e"\r\n\r\n'
     with hostile_server(says(answer(), current, answer())) as server, PrefixClient(server.url) as client:
         assert torch.equal(client.get("a/b").kv.tensor, client.get("a/b").kv.tensor)
@@ -176,14 +178,14 @@ def test_a_connection_stays() -> None:
 
 
 def closes_at_the_second_request(connection: socket.socket) -> None:
-    """The end comes when the request is under way already."""
+    """A server that closes the connection while the second request is under way."""
     read_request(connection)
     connection.sendall(answer())
     read_request(connection)
 
 
 def says_that_it_waited_too_long(connection: socket.socket) -> None:
-    """As some proxies do before they close what is idle; it answers no request."""
+    """A server that sends 408 before it closes an idle connection, as some proxies do; the 408 answers no request."""
     read_request(connection)
     connection.sendall(answer())
     time.sleep(0.02)
@@ -195,7 +197,8 @@ ENDS = {"idle": says(answer()), "asked": closes_at_the_second_request, "told": s
 
 @pytest.mark.parametrize("first", ENDS.values(), ids=ENDS)
 def test_a_connection_that_ended_while_idle_is_replaced_at_once(first: Script, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether its end is seen before the request or after it: no failure, and no pause before the other one."""
+    """A connection that ended while idle is replaced without a failure and without a pause, whether the end is noticed
+    before or after the request."""
     monkeypatch.setattr("prefix_service.client.transport.retries._FIRST_PAUSE", 40.0)
     with hostile_server(first, says(answer())) as server, PrefixClient(server.url) as client:
         client.get("a/b@1")
@@ -207,7 +210,7 @@ def test_a_connection_that_ended_while_idle_is_replaced_at_once(first: Script, m
 
 
 def test_a_fresh_connection_that_gives_nothing_is_a_failure() -> None:
-    """Only what was idle is replaced without counting: a server that always hangs up is not asked in a hurry."""
+    """Only idle connections are replaced without a pause: a server that always hangs up is not asked in a hurry."""
     with hostile_server(says(b"")) as server, PrefixClient(server.url, timeout=0.5) as client:
         with pytest.raises(ConnectionFailed):
             client.get("a/b@1")
@@ -215,7 +218,7 @@ def test_a_fresh_connection_that_gives_nothing_is_a_failure() -> None:
 
 
 def drips(connection: socket.socket) -> None:
-    """An answer that never ends, and never pauses for long."""
+    """A server whose answer never ends and never pauses for long."""
     read_request(connection)
     connection.sendall(answer()[:200])
     while True:
@@ -224,7 +227,7 @@ def drips(connection: socket.socket) -> None:
 
 
 def drips_a_head(connection: socket.socket) -> None:
-    """The same in the head."""
+    """A server whose head never ends and never pauses for long."""
     read_request(connection)
     connection.sendall(OK)
     while True:
@@ -234,7 +237,7 @@ def drips_a_head(connection: socket.socket) -> None:
 
 @pytest.mark.parametrize("script", [drips, drips_a_head, lambda connection: time.sleep(60)], ids=["body", "head", "no"])
 def test_the_deadline_holds_however_slow_the_answer(script: Script) -> None:
-    """It is the whole call's, not that of a single read."""
+    """The deadline is the whole call's, not that of one read."""
     with hostile_server(script) as server, PrefixClient(server.url, timeout=0.4) as client:
         began = time.monotonic()
         with pytest.raises(ConnectionFailed, match="in time"):
@@ -243,7 +246,7 @@ def test_the_deadline_holds_however_slow_the_answer(script: Script) -> None:
 
 
 def test_a_service_behind_a_path() -> None:
-    """The URL's path stands in front, and each header goes once."""
+    """The path of the URL is in front of every request's path, and each header is sent once."""
     with hostile_server(says(answer())) as server, PrefixClient(f"{server.url}/behind/", "secret") as client:
         client.get("a/b@prod", dtype="float32", layers=(0, 3))
         (request,) = server.requests[0]
@@ -260,13 +263,13 @@ def test_a_service_behind_a_path() -> None:
     ("url", "key"), [("ftp://service", None), ("service:8080", None), ("http://s", "a\r\nX: y"), ("http://s", "ü")]
 )
 def test_what_cannot_be_sent_is_refused_at_once(url: str, key: str | None) -> None:
-    """A URL without HTTP, and a key that would break the head."""
+    """A URL without HTTP, and a key that would break the head, are refused immediately."""
     with pytest.raises(InvalidRequest):
         PrefixClient(url, key)
 
 
 def test_pinned_memory_needs_a_gpu(server: Server) -> None:
-    """Where there is one, what arrives is pinned; where there is none, that is said."""
+    """With a GPU, tensors arrive in pinned memory; without one, `pinned` is refused."""
     with PrefixClient(server.url, server.admin_key, pin_memory=True) as client:
         published(client, "pool/pinned")
         if torch.cuda.is_available():
@@ -280,14 +283,14 @@ def test_pinned_memory_needs_a_gpu(server: Server) -> None:
 
 
 def never(connection: socket.socket) -> None:
-    """Half an answer, and then the client's end is awaited."""
+    """A server that sends half an answer, and then waits for the client to close the connection."""
     read_request(connection)
     connection.sendall(answer()[:500])
     read_request(connection)
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Wait for it, at most a minute."""
+    """Waits for a condition, a minute at most."""
     for _ in range(6000):
         if condition():
             return
@@ -297,7 +300,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 @pytest.mark.parametrize("form", SOUND)
 def test_every_form_of_answer_is_read_on_the_event_loop(form: str) -> None:
-    """What HTTP/1.1 allows arrives where no thread waits for it either."""
+    """On the event loop every form of answer that HTTP/1.1 allows is read."""
 
     async def fetch(url: str) -> None:
         async with AsyncPrefixClient(url, timeout=60) as client:
@@ -311,7 +314,7 @@ def test_every_form_of_answer_is_read_on_the_event_loop(form: str) -> None:
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_no_broken_framing_passes_on_the_event_loop(fault: str) -> None:
-    """It is the failure that it is in a thread."""
+    """On the event loop broken framing is the failure that it is in a thread."""
 
     async def fetch(url: str) -> None:
         async with AsyncPrefixClient(url, timeout=1) as client:
@@ -324,7 +327,7 @@ def test_no_broken_framing_passes_on_the_event_loop(fault: str) -> None:
 
 
 def test_a_deadline_holds_on_the_event_loop() -> None:
-    """An answer that stops half-way is told when the time is over."""
+    """On the event loop an answer that stops half-way is ConnectionFailed at the deadline."""
 
     async def fetch(url: str) -> None:
         async with AsyncPrefixClient(url, timeout=0.3) as client:
@@ -338,7 +341,8 @@ def test_a_deadline_holds_on_the_event_loop() -> None:
 
 @pytest.mark.parametrize("verify_digest", [False, True])
 def test_cancellation_closes_the_connection(verify_digest: bool) -> None:
-    """A cancelled get ends at once, on the wire too, and the client goes on; in a thread and on the event loop."""
+    """A cancelled `get` ends immediately and closes its connection, and the client goes on; in a thread and on the
+    event loop."""
     ended: list[bool] = []
 
     def script(connection: socket.socket) -> None:
@@ -361,7 +365,7 @@ def test_cancellation_closes_the_connection(verify_digest: bool) -> None:
 
 
 def test_a_large_body_leaves_turns_to_others() -> None:
-    """However fast a body comes, after some megabytes of it something else may run."""
+    """While a large body arrives fast, other tasks get a turn after some megabytes."""
     body = prefix_body(layers=8_000)  # 20 MB
     memory = memoryview(bytearray(len(body)))
     with hostile_server(says(answer(body))) as server:
@@ -376,7 +380,7 @@ def test_a_large_body_leaves_turns_to_others() -> None:
 
 
 def each_step(steps: Steps[object], link: socket.socket) -> Iterator[Wait]:
-    """What they wait for, and then is there."""
+    """Yields the reasons to wait, and makes each come true."""
     for wait in steps:
         if wait is not Wait.TURN:
             select.select([link], [link] if wait is Wait.WRITABLE else [], [], 60)
@@ -384,7 +388,7 @@ def each_step(steps: Steps[object], link: socket.socket) -> Iterator[Wait]:
 
 
 def test_the_event_loop_stays_free() -> None:
-    """While an answer dawdles, other tasks run."""
+    """Other tasks run while an answer is slow."""
 
     def slow(connection: socket.socket) -> None:
         read_request(connection)
@@ -406,7 +410,7 @@ def test_the_event_loop_stays_free() -> None:
 
 
 def test_many_at_once(server: Server) -> None:
-    """More gets than threads wait their turn, and each has its own tensors."""
+    """More parallel gets than threads wait for their turn, and each gets its own tensors."""
 
     async def fetch() -> list[int]:
         async with AsyncPrefixClient(server.url, server.admin_key, cache_bytes=0) as client:

@@ -10,11 +10,11 @@ import pytest
 
 from prefix_service.client import PrefixClient
 from prefix_service.client.protocol import Request
-from prefix_service.client.transport import hedging, lanes
+from prefix_service.client.transport import hedging, pools
 from prefix_service.client.transport.connection import Connection
 from prefix_service.client.transport.dialling import several
 from prefix_service.client.transport.hedging import Hedging
-from prefix_service.client.transport.lanes import Lanes, affinity, score
+from prefix_service.client.transport.pools import Pools, affinity, score
 from prefix_service.errors import ConnectionFailed, InvalidRequest, InvalidResponse, Overloaded, Unavailable
 from tests.client.conftest import LLAMA
 from tests.client.forwarder import Forwarder, forwarders
@@ -24,7 +24,7 @@ from tests.client.transport.test_deadlines import resolving
 from tests.conftest import Server, free_port
 
 _names = itertools.count()
-ADAPTERS = [f"lanes/a{number}" for number in range(8)]
+ADAPTERS = [f"pools/a{number}" for number in range(8)]
 TENSORS = "Content-Type: application/vnd.safetensors"
 
 
@@ -106,8 +106,8 @@ def test_the_next_address_answers_where_one_is_away(
     how: str, client: Any, fleet: list[Forwarder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is not asked again for a while, then by one read; once it answers, its adapters are back."""
-    monkeypatch.setattr(lanes, "_FIRST_ABSENCE", 1e9)
-    monkeypatch.setattr(lanes, "_LONGEST_ABSENCE", 1e9)
+    monkeypatch.setattr(pools, "_FIRST_ABSENCE", 1e9)
+    monkeypatch.setattr(pools, "_LONGEST_ABSENCE", 1e9)
     name = ADAPTERS[0]
     home, (other, _) = home_of(name, fleet)
     client.inspect(name)
@@ -124,22 +124,22 @@ def test_the_next_address_answers_where_one_is_away(
     if how == "refuses":
         home.listen()
     home.become("passes")
-    monkeypatch.setattr(lanes, "_FIRST_ABSENCE", 0.0)
-    for place in _lanes_of(client)._places:
+    monkeypatch.setattr(pools, "_FIRST_ABSENCE", 0.0)
+    for place in _pools_of(client)._places:
         place.away_until = 0.0
     for _ in range(2):
         client.inspect(name)
     assert (home.taken(), other.taken()) == (2, 0)
 
 
-def _lanes_of(client: Any) -> Any:
-    return getattr(client, "_client", client)._lanes
+def _pools_of(client: Any) -> Any:
+    return getattr(client, "_client", client)._pools
 
 
 def test_an_address_that_was_away_is_tried_for_its_own_adapters() -> None:
     """By one read at a time. Reads that end at another address do not count as a try, and changes wait for one."""
     names = [f"http://127.0.0.1:{port}" for port in (1, 2, 3)]
-    found = Lanes({name: Connection(name) for name in names})
+    found = Pools({name: Connection(name) for name in names})
     own, other = (
         next(f"a/b{number}" for number in range(99) if (best(f"a/b{number}", names) == names[0]) is is_own)
         for is_own in (True, False)
@@ -149,7 +149,8 @@ def test_an_address_that_was_away_is_tried_for_its_own_adapters() -> None:
 
     def first(adapter: str, method: str = "GET") -> str:
         tenant, name = adapter.split("/")
-        return found._order(Request(method, f"/v1/tenants/{tenant}/adapters/{name}"))[0].name
+        chosen: str = found._order(Request(method, f"/v1/tenants/{tenant}/adapters/{name}"))[0].name
+        return chosen
 
     assert first(own) != names[0]
     place.away_until = 0.0
@@ -180,7 +181,7 @@ def test_a_change_that_may_have_been_carried_out_is_not_repeated(client: Any, fl
 
 def test_an_upload_is_repeated_elsewhere(client: Any, fleet: list[Forwarder]) -> None:
     """Its content names its version."""
-    name = f"lanes/upload{next(_names)}"
+    name = f"pools/upload{next(_names)}"
     home, others = home_of(name, fleet)
     home.become("cuts")
     assert client.publish(name, LLAMA)[1] is True
@@ -260,12 +261,12 @@ def test_a_503_is_asked_for_elsewhere(by: str, connect: Callable[..., Any], monk
         hostile_server(busy) as two,
         hostile_server(serving(200, TENSORS, body=BODY)) as ok,
     ):
-        monkeypatch.setattr(lanes, "score", lambda _, name: [ok.url, two.url, one.url].index(name))
+        monkeypatch.setattr(pools, "score", lambda _, name: [ok.url, two.url, one.url].index(name))
         client = connect([ok.url, one.url, two.url])
         for _ in range(2):
             client.clear_cache()
             assert client.get("a/b").version == 1
-        assert _lanes_of(client).away == ([] if by == "service" else [one.url, two.url])
+        assert _pools_of(client).away == ([] if by == "service" else [one.url, two.url])
         refused = connect([one.url, two.url], timeout=0.2)
         with pytest.raises(Overloaded if by == "service" else Unavailable, match=r"full|not reachable"):
             refused.get("a/b")

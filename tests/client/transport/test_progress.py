@@ -1,4 +1,4 @@
-"""`progress` follows large fetches and uploads: every byte once, up to the total, over each way that bytes take."""
+"""`progress` counts every byte of large fetches and uploads once, up to the total, on every path."""
 
 import asyncio
 import socket
@@ -21,31 +21,31 @@ Seen = list[tuple[int, int]]
 
 
 class Recorder:
-    """What `progress` was called with."""
+    """Records the calls of `progress`."""
 
     def __init__(self) -> None:
         self.seen: Seen = []
 
     def __call__(self, done: int, total: int) -> None:
-        """Take one report."""
+        """Records one report."""
         self.seen.append((done, total))
 
 
 @pytest.fixture
 def seen() -> Recorder:
-    """The reports of one call."""
+    """Returns the reports of one call."""
     return Recorder()
 
 
 def is_whole(seen: Seen, total: int) -> bool:
-    """Whether reports grow up to a total."""
+    """Returns whether reports grow up to a total."""
     return bool(seen) and seen == sorted(seen) and seen[-1] == (total, total) and {each for _, each in seen} == {total}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("options", [{}, {"verify_digest": False}, {"connections": 2}], ids=str)
 def test_a_fetch_is_followed(kind: type[Any], options: dict[str, Any], seen: Recorder) -> None:
-    """In several reports, with or without a digest; a 304 reports nothing."""
+    """A fetch is reported several times, with or without a digest; a 304 is not reported."""
     body = prefix_body(tokens=5000)
     not_modified = b'HTTP/1.1 304 Not Modified\r\nETag: "e"\r\n\r\n'
 
@@ -73,7 +73,7 @@ def test_a_fetch_is_followed(kind: type[Any], options: dict[str, Any], seen: Rec
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_ranges_are_followed_as_one_body(kind: type[Any], seen: Recorder) -> None:
-    """Several connections report to one function, one after the other."""
+    """Several connections report to one function, one call at a time."""
     with ranged() as (url, asked):
         called(kind(url, connections=4), lambda client: client.get("a/b", progress=seen))
         assert len(asked) == 2
@@ -82,7 +82,7 @@ def test_ranges_are_followed_as_one_body(kind: type[Any], seen: Recorder) -> Non
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_transport_of_the_callers_own_is_followed(kind: type[Any], seen: Recorder) -> None:
-    """What httpx receives is reported in its pieces; a body that declares no length is not."""
+    """A body that httpx receives is reported in pieces; a body without a declared length is not reported."""
     http = httpx.HTTPTransport if kind is PrefixClient else httpx.AsyncHTTPTransport
     undeclared = answer(BODY, "Connection: close").replace(b"Content-Length: %d\r\n" % len(BODY), b"")
     with hostile_server(says(answer()), says(undeclared)) as server:
@@ -95,7 +95,7 @@ def test_a_transport_of_the_callers_own_is_followed(kind: type[Any], seen: Recor
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_upload_is_followed(kind: type[Any], seen: Recorder, tmp_path: Path) -> None:
-    """Up to the length of the whole request body, which is a little more than the weights."""
+    """An upload is reported up to the length of the request body, which is a little more than the weights."""
     (tmp_path / "adapter_config.json").write_bytes((LLAMA / "adapter_config.json").read_bytes())
     save_file({"prompt_embeddings": torch.zeros(20, 50_000)}, tmp_path / "adapter_model.safetensors")
     problem = answer(b'{"code": "not-found"}', "Content-Type: application/problem+json", status="404 Not Found")
@@ -110,7 +110,7 @@ def test_an_upload_is_followed(kind: type[Any], seen: Recorder, tmp_path: Path) 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_error_is_no_progress_and_another_try_begins_again(kind: type[Any], seen: Recorder) -> None:
-    """Neither the body of a problem nor half of an answer stands for a whole fetch."""
+    """The body of a problem is not reported, and after half an answer the next try counts from 0."""
     unavailable = answer(
         b'{"code": "unavailable", "detail": "x"}',
         "Content-Type: application/problem+json",

@@ -1,4 +1,4 @@
-"""Large bodies in several ranges at once: whole, one version's, and of one digest."""
+"""`transport.ranges`: a large body in several parallel ranges is whole, of one version, and verified."""
 
 import asyncio
 import io
@@ -26,7 +26,7 @@ OTHER = LARGE[: PIECE - 4] + bytes(4) + LARGE[PIECE:-4] + bytes(4)  # differs in
 
 
 class Ranged(BaseHTTPRequestHandler):
-    """Gives `body` under `etag` in the ranges that are asked for, or what `answers` makes of a request."""
+    """Serves `body` under `etag` in the ranges that are asked for, or what `answers` makes of a request."""
 
     protocol_version = "HTTP/1.1"
     body, etag = LARGE, '"one"'
@@ -34,13 +34,13 @@ class Ranged(BaseHTTPRequestHandler):
     answers: ClassVar["Callable[[Ranged], bool]"]
 
     def do_GET(self) -> None:
-        """Answer."""
+        """Answers a request."""
         self.asked.append({name.lower(): value for name, value in self.headers.items()})
         if not self.answers():
             self.give()
 
     def give(self, body: bytes | None = None, etag: str | None = None, described: bytes | None = None) -> None:
-        """The range that was asked for, or the whole, with the digest of the body that is `described`."""
+        """Returns the requested range, or the whole, with the digest of the body that is `described`."""
         body, etag = body or self.body, etag or self.etag
         start, stop, status = 0, len(body), 200
         if "Range" in self.headers and self.headers.get("If-Range", etag) == etag:
@@ -56,12 +56,12 @@ class Ranged(BaseHTTPRequestHandler):
         self.wfile.write(memoryview(body)[start:stop])
 
     def log_message(self, *_: Any) -> None:
-        """Nothing."""
+        """Logs nothing."""
 
 
 @contextmanager
 def ranged(answers: Callable[[Ranged], bool] = lambda _: False) -> Iterator[tuple[str, list[dict[str, str]]]]:
-    """Such a server: its URL, and the headers of what it was asked."""
+    """Yields the URL of such a server, and the headers of the requests to it."""
     asked: list[dict[str, str]] = []
     handler = type("Handler", (Ranged,), {"asked": asked, "answers": answers})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
@@ -71,13 +71,13 @@ def ranged(answers: Callable[[Ranged], bool] = lambda _: False) -> Iterator[tupl
 
 
 def is_body(prefix: Any, body: bytes) -> bool:
-    """Whether the tensor is that of the body."""
+    """Returns whether a tensor is that of the body."""
     tensor = prefix.kv.tensor
     return torch.equal(tensor.flatten(), torch.frombuffer(bytearray(body[-tensor.nbytes :]), dtype=tensor.dtype))
 
 
 def test_a_large_prefix_comes_in_ranges_from_the_service(server: Server) -> None:
-    """Both clients get the tensors that one connection brings, verified by the digest of the whole."""
+    """Both clients get by ranges the tensors that one connection brings, verified by the digest of the whole."""
     shape = Shape(tokens=600)  # 79 MB
     weights, _ = shape.weights(seed=0)
     with PrefixClient(server.url, server.admin_key) as client:
@@ -98,7 +98,7 @@ def test_a_large_prefix_comes_in_ranges_from_the_service(server: Server) -> None
 
 
 def test_ranges_are_asked_for_once_each_and_held_together() -> None:
-    """The first tells the length, each other one goes with the first one's entity tag; later calls revalidate."""
+    """Each range is asked for once, all but the first with the first one's entity tag; later calls revalidate."""
     with ranged() as (url, asked), PrefixClient(url, connections=4) as client:
         assert is_body(client.get("a/b"), LARGE)
     told = sorted((headers["range"], headers.get("if-range")) for headers in asked)
@@ -106,21 +106,21 @@ def test_ranges_are_asked_for_once_each_and_held_together() -> None:
 
 
 def test_one_connection_asks_for_no_range() -> None:
-    """The default is one plain request."""
+    """By default a fetch is one request without a range."""
     with ranged() as (url, asked), PrefixClient(url) as client:
         assert is_body(client.get("a/b"), LARGE)
     assert ["range" in headers for headers in asked] == [False]
 
 
 def changes(handler: Ranged) -> bool:
-    """Another body since the first request."""
+    """A server that has another body since the first request."""
     if len(handler.asked) > 1:
         handler.give(OTHER, '"two"')
     return len(handler.asked) > 1
 
 
 def changes_without_if_range(handler: Ranged) -> bool:
-    """The same, behind something that ignores If-Range."""
+    """A server that has another body since the first request, behind a proxy that ignores If-Range."""
     if len(handler.asked) > 1:
         del handler.headers["If-Range"]
         handler.give(OTHER, '"two"')
@@ -128,13 +128,13 @@ def changes_without_if_range(handler: Ranged) -> bool:
 
 
 def weak(handler: Ranged) -> bool:
-    """A proxy weakened the entity tag."""
+    """A server behind a proxy that weakens the entity tag."""
     handler.give(OTHER, 'W/"one"')
     return True
 
 
 def elsewhere(handler: Ranged) -> bool:
-    """Another range than the one that was asked for, the second time."""
+    """A server that sends another range than the one that was asked for, the second time."""
     if len(handler.asked) == 2:
         handler.headers.replace_header("Range", f"bytes={PIECE - 1}-{len(LARGE) - 2}")
     handler.give(OTHER)
@@ -149,7 +149,7 @@ def whole(handler: Ranged) -> bool:
 
 
 def unsaid(handler: Ranged) -> bool:
-    """206 that does not say which range."""
+    """A server that answers 206 without Content-Range."""
     if "Range" not in handler.headers:
         handler.give(OTHER)
         return True
@@ -162,14 +162,14 @@ def unsaid(handler: Ranged) -> bool:
 
 @pytest.mark.parametrize("answers", [changes, changes_without_if_range, weak, elsewhere, whole, unsaid])
 def test_no_two_bodies_are_ever_mixed(answers: Callable[[Ranged], bool]) -> None:
-    """Where the ranges do not certainly belong together, the body is fetched anew, whole, over one connection."""
+    """If ranges do not certainly belong to one body, it is fetched again, whole, over one connection."""
     with ranged(answers) as (url, asked), PrefixClient(url, connections=3) as client:
         assert is_body(client.get("a/b"), OTHER)
     assert not [headers for headers in asked if headers.get("if-range", "").startswith("W/")]
 
 
 def test_a_range_that_fails_fails_the_call() -> None:
-    """The failure of any piece is that of the fetch, which is tried again until the deadline."""
+    """A range that fails is a failure of the fetch, which is repeated until the deadline."""
 
     def hangs_up(handler: Ranged) -> bool:
         if "If-Range" in handler.headers:
@@ -184,7 +184,7 @@ def test_a_range_that_fails_fails_the_call() -> None:
 
 
 def test_a_digest_is_that_of_the_whole() -> None:
-    """A body in ranges is verified as any other: a flipped bit in the last range is an error."""
+    """A body in ranges is verified as a whole: a flipped bit in the last range is an error."""
     flipped = LARGE[:-1] + bytes([LARGE[-1] ^ 1])
 
     def damaged(handler: Ranged) -> bool:

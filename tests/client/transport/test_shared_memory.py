@@ -1,4 +1,4 @@
-"""A worker on the service's machine: what it asks for is mapped, not copied, and wherever that fails it is received."""
+"""A worker on the service's machine maps a shared file instead of receiving a body, and receives it if that fails."""
 
 import asyncio
 import json
@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sharing(folder: Path) -> Iterator[Server]:
-    """A service on a Unix socket that shares its memory."""
+    """Yields a service on a Unix socket that shares its memory."""
     with sharing_server(folder) as server:
         made = server.client().post("/v1/tenants/same/adapters/large/versions", json={"config": LARGE, "seed": 1})
         assert made.status_code == 201, made.text
@@ -55,7 +55,7 @@ def sharing(folder: Path) -> Iterator[Server]:
 
 @pytest.fixture(params=["blocking", "async"])
 def client(request: pytest.FixtureRequest, sharing: Server) -> Iterator[Any]:
-    """Both clients on the socket."""
+    """Yields each kind of client on the socket."""
     if request.param == "blocking":
         with PrefixClient(URL, sharing.admin_key, uds=sharing.uds) as blocking:
             yield blocking
@@ -69,13 +69,13 @@ def client(request: pytest.FixtureRequest, sharing: Server) -> Iterator[Any]:
 
 @pytest.fixture
 def receiving(sharing: Server) -> Iterator[PrefixClient]:
-    """A client on the socket that wants bytes."""
+    """Yields a client on the socket that asks for bytes."""
     with PrefixClient(URL, sharing.admin_key, uds=sharing.uds, shared_memory=False) as client:
         yield client
 
 
 def mapped_file(prefix: Prefix) -> str | None:
-    """The file in which a prefix's tensors lie, as the kernel tells it."""
+    """Returns the file in which a prefix's tensors are, according to the kernel."""
     address = prefix.kv.tensor.data_ptr()
     for line in Path("/proc/self/maps").read_text().splitlines():
         span, _, _, _, _, *path = line.split(maxsplit=5)
@@ -86,7 +86,7 @@ def mapped_file(prefix: Prefix) -> str | None:
 
 
 def is_shared(prefix: Prefix, folder: Path) -> bool:
-    """Whether they lie in a file of the service."""
+    """Returns whether a prefix's tensors are in a file of the service."""
     return (mapped_file(prefix) or "").startswith(f"{shared_dir(folder)}/")
 
 
@@ -98,7 +98,7 @@ def is_shared(prefix: Prefix, folder: Path) -> bool:
 def test_the_tensors_are_those_that_travel(
     client: Any, receiving: PrefixClient, folder: Path, adapter: str, options: dict[str, Any]
 ) -> None:
-    """Bit for bit, in memory that the service owns."""
+    """Mapped tensors equal received ones bit for bit, and are in memory of the service."""
     prefix, received = client.get(adapter, **options), receiving.get(adapter, **options)
     assert is_shared(prefix, folder)
     assert not is_shared(received, folder)
@@ -109,7 +109,7 @@ def test_the_tensors_are_those_that_travel(
 
 
 def test_they_are_what_peft_computes(client: Any) -> None:
-    """As over any way."""
+    """Mapped tensors are what PEFT computes."""
     expected = load_file(CORPUS / "cases/llama-n20-emb/expected.safetensors")
     for layer, (key, value) in enumerate(client.get("same/llama", batch_size=3).past_key_values):
         assert torch.equal(key, expected[f"b3.layers.{layer}.key"])
@@ -117,20 +117,20 @@ def test_they_are_what_peft_computes(client: Any) -> None:
 
 
 def test_float8_is_decoded(client: Any, receiving: PrefixClient) -> None:
-    """To float32, in memory of the worker's own."""
+    """A mapped float8 prefix is decoded to float32, in memory of the worker."""
     one, other = (each.get("same/llama", dtype="float8_e4m3fn").kv.tensor for each in (client, receiving))
     assert one.dtype == torch.float32
     assert torch.equal(one, other)
 
 
 def private_bytes() -> int:
-    """What this process has to itself, and of files what only it has mapped."""
+    """Returns the bytes of memory that this process shares with no other."""
     told = Path("/proc/self/smaps_rollup").read_text()
     return sum(int(found) << 10 for found in re.findall(r"^(?:Private_\w+|Anonymous):\s+(\d+) kB", told, re.MULTILINE))
 
 
 def test_nothing_is_copied(client: Any) -> None:
-    """32 MiB take no memory of the worker, neither before they are read nor afterwards."""
+    """A mapped prefix of 32 MiB takes no memory of the worker, before and after it is read."""
     client.get("same/llama@1")
     before = private_bytes()
     prefix = client.get("same/large@1", batch_size=8)
@@ -142,7 +142,7 @@ def test_nothing_is_copied(client: Any) -> None:
 
 
 def test_what_a_worker_writes_reaches_nobody(client: Any, receiving: PrefixClient, sharing: Server) -> None:
-    """Neither another worker, nor the service."""
+    """What a worker writes into a mapped prefix reaches neither another worker nor the service."""
     with PrefixClient(URL, sharing.admin_key, uds=sharing.uds) as neighbour:
         theirs = neighbour.get("same/llama@1").kv.tensor
         before = theirs.clone()
@@ -152,7 +152,7 @@ def test_what_a_worker_writes_reaches_nobody(client: Any, receiving: PrefixClien
 
 
 def test_what_is_mapped_outlives_its_eviction(client: Any, sharing: Server, folder: Path) -> None:
-    """The file's name goes, the memory stays as long as a tensor in it; the next worker maps another file."""
+    """After an eviction the file's name is gone and mapped tensors stay; the next worker maps another file."""
     prefix = client.get("same/gpt2@1")
     before, file = prefix.kv.tensor.clone(), mapped_file(prefix)
     assert sharing.client().delete("/v1/tenants/same/adapters/gpt2@1/residency").status_code == 204
@@ -165,24 +165,24 @@ def test_what_is_mapped_outlives_its_eviction(client: Any, sharing: Server, fold
 
 
 def test_revalidation(client: Any) -> None:
-    """`latest` costs a 304, and is the same file."""
+    """Revalidating `latest` costs a 304, and the same file stays mapped."""
     assert mapped_file(client.get("same/llama")) == mapped_file(client.get("same/llama"))
 
 
 def test_errors_are_as_ever(client: Any) -> None:
-    """What there is not is NotFound."""
+    """A missing adapter is NotFound."""
     with pytest.raises(NotFound):
         client.get("same/nothing")
 
 
 def test_a_digest_is_verified_where_it_is_wanted(sharing: Server, folder: Path) -> None:
-    """Of the file's content; on a socket by default it is not."""
+    """A client with `verify_digest` maps a file too, after it has verified its content."""
     with PrefixClient(URL, sharing.admin_key, uds=sharing.uds, verify_digest=True) as verifying:
         assert is_shared(verifying.get("same/llama"), folder)
 
 
 def test_a_cache_on_disk_keeps_what_was_mapped(sharing: Server, folder: Path, tmp_path: Path) -> None:
-    """For the next worker, also one that cannot reach the service's files."""
+    """The cache on disk keeps a mapped prefix, also for a worker that cannot open the service's files."""
     options = {"uds": sharing.uds, "cache_dir": tmp_path / "cache"}
     with PrefixClient(URL, sharing.admin_key, **options) as first:  # type: ignore[arg-type]  # two of many options
         shared = first.get("same/llama@1")
@@ -196,7 +196,8 @@ def test_a_cache_on_disk_keeps_what_was_mapped(sharing: Server, folder: Path, tm
 def test_whoever_cannot_open_a_file_receives_it(
     client: Any, sharing: Server, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Behind another mount or group, or just evicted: the bytes come, and no more than a debug line tells of it."""
+    """A file that is behind another mount or group, or was just evicted, is received instead, with one line of the log
+    at level debug."""
     prefix = client.get("same/llama@1")
     (parent,) = {file.parent for file in shared_files(folder)}
     moved = parent.with_name("moved")
@@ -216,7 +217,7 @@ def test_whoever_cannot_open_a_file_receives_it(
 
 
 def test_eviction_under_way(tmp_path: Path) -> None:
-    """Workers that ask while everything is evicted again and again always get right bytes."""
+    """Workers that ask while everything is evicted repeatedly always get correct bytes."""
     with sharing_server(tmp_path, environment={"PREFIX_RENDERING_BYTES": str(5 << 20)}) as server:
         config = {**LARGE, "num_virtual_tokens": 64, "num_layers": 8}  # 2 MiB
         for number in range(3):
@@ -245,13 +246,13 @@ def test_eviction_under_way(tmp_path: Path) -> None:
 
 
 def told(**fields: Any) -> bytes:
-    """An answer that names a file."""
+    """Returns an answer that names a file."""
     return answer(json.dumps(fields).encode(), f"Content-Type: {SHARED}")
 
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    """A sound file, as the service would name it."""
+    """Makes a sound file, as the service would name it."""
     path = tmp_path / "file"
     path.write_bytes(BODY)
     path.chmod(0o440)
@@ -259,7 +260,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def asked_of(*answers: bytes, **options: Any) -> Prefix:
-    """What a client on a socket makes of them."""
+    """Returns what a client on a socket makes of these answers."""
     with (
         hostile_server(says(*answers), uds=True) as server,
         PrefixClient(URL, uds=server.uds, timeout=60, **options) as client,
@@ -268,7 +269,7 @@ def asked_of(*answers: bytes, **options: Any) -> Prefix:
 
 
 def test_a_sound_file_is_mapped(file: Path) -> None:
-    """As a check on those below."""
+    """A sound file is mapped, so the refusals below have their own reasons."""
     assert mapped_file(asked_of(told(file=str(file), bytes=len(BODY)))) == str(file)
 
 
@@ -325,13 +326,14 @@ def test_what_is_not_a_file_of_the_service_is_refused(
 
 @pytest.mark.parametrize("text", [b"", b"[]", b"{", b'"x"', b"null", b"\xff"])
 def test_what_is_no_json_object_is_refused(text: bytes) -> None:
-    """Also InvalidResponse."""
+    """An answer that is no JSON object is InvalidResponse."""
     with pytest.raises(InvalidResponse):
         asked_of(answer(text, f"Content-Type: {SHARED}"))
 
 
 def test_a_file_of_another_content_is_refused_where_it_is_verified(file: Path) -> None:
-    """And one without a digest: the bytes are asked for instead, and verified too."""
+    """With verification, a file with other content or without a digest is not used: the bytes are asked for, and
+    verified."""
     fields: dict[str, Any] = {"file": str(file), "bytes": len(BODY)}
     for more in ({}, {"repr_digest": "sha-256=:" + "A" * 43 + "=:"}, {"repr_digest": "crc32c=:AAAAAA==:"}):
         prefix = asked_of(told(**fields, **more), answer(prefix_body(tokens=4)), verify_digest=True)
@@ -342,14 +344,15 @@ def test_a_file_of_another_content_is_refused_where_it_is_verified(file: Path) -
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
 def test_a_file_of_another_user_is_refused(file: Path) -> None:
-    """Neither the service's, nor root's, nor this process's: whoever owns it may write to it whenever he likes."""
+    """A file is refused if its owner is neither the service's user, nor root, nor this process's: an owner can write to
+    it at any time."""
     os.chown(file, 12345, -1)
     with pytest.raises(InvalidResponse, match="belongs to user 12345, who is not the service's"):
         asked_of(told(file=str(file), bytes=len(BODY)))
 
 
 def test_a_link_is_not_followed(file: Path) -> None:
-    """It may point anywhere, and change: the bytes are asked for."""
+    """A symbolic link, which can point anywhere and change, is not followed: the bytes are asked for."""
     link = file.with_name("link")
     link.symlink_to(file)
     prefix = asked_of(told(file=str(link), bytes=len(BODY)), answer(prefix_body(tokens=4)))
@@ -357,7 +360,7 @@ def test_a_link_is_not_followed(file: Path) -> None:
 
 
 def test_the_second_question_is_for_bytes_alone(tmp_path: Path) -> None:
-    """A file that is gone is asked for once."""
+    """After a file that is gone, the second request asks for bytes alone."""
     missing = told(file=str(tmp_path / "missing"), bytes=len(BODY))
     with hostile_server(says(missing, answer()), uds=True) as server:
         with PrefixClient(URL, uds=server.uds, timeout=60) as client:
@@ -369,7 +372,8 @@ def test_the_second_question_is_for_bytes_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [{"shared_memory": False}, {"uds": None}])
 def test_who_does_not_want_it_does_not_ask(options: dict[str, Any]) -> None:
-    """Over TCP nobody does; on a socket it can be turned off. What comes all the same is no prefix."""
+    """Clients over TCP, and those with `shared_memory=False`, do not ask for files, and refuse one that comes
+    unasked."""
     with hostile_server(says(told(file="/x", bytes=1)), uds="uds" not in options) as server:
         wanted = {"uds": server.uds, "timeout": 5, **options}
         with PrefixClient(server.url, **wanted) as client, pytest.raises(InvalidResponse):
@@ -378,14 +382,15 @@ def test_who_does_not_want_it_does_not_ask(options: dict[str, Any]) -> None:
 
 
 def test_a_file_of_a_name_that_no_file_can_have_is_not_mapped() -> None:
-    """JSON can hold half a surrogate pair, which no path can: the bytes are asked for."""
+    """A name with half a surrogate pair, which JSON can hold and no path can, is not mapped: the bytes are asked
+    for."""
     named = b'{"file": "/tmp/\\ud800", "bytes": %d}' % len(BODY)
     prefix = asked_of(answer(named, f"Content-Type: {SHARED}"), answer(prefix_body(tokens=4)))
     assert prefix.num_virtual_tokens == 4
 
 
 def test_what_is_mapped_reports_no_progress(client: Any) -> None:
-    """No byte of it travels, and the name of the file is not the prefix."""
+    """A mapped prefix reports no progress, since no byte of it travels."""
     seen: list[tuple[int, int]] = []
     assert client.get("same/large", progress=lambda *sizes: seen.append(sizes)).num_virtual_tokens == 1024
     assert seen == []

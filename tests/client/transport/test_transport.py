@@ -1,4 +1,4 @@
-"""What stands between a client and the service: faults, deadlines, sockets, certificates."""
+"""A client in front of a real service: faults on the way, deadlines, sockets, certificates."""
 
 import socket
 import ssl
@@ -20,19 +20,19 @@ from tests.conftest import Server, running_server
 
 @pytest.fixture(scope="module")
 def adapter(server: Server) -> str:
-    """An adapter to fetch."""
+    """Publishes an adapter to fetch."""
     with PrefixClient(server.url, server.admin_key) as client:
         published(client, "transport/a")
     return "transport/a"
 
 
 def flip_last_byte(body: bytes) -> bytes:
-    """Damage that no length or header shows."""
+    """Damages a body where no length and no header shows it."""
     return body[:-1] + bytes([body[-1] ^ 1])
 
 
 def test_a_damaged_body_is_noticed_by_its_digest(server: Server, adapter: str) -> None:
-    """A flipped bit is an error; without verify_digest the tensors come as they are."""
+    """A flipped bit is an error; without `verify_digest` the tensors come as they are."""
     careful = PrefixClient(server.url, server.admin_key, http=Counting(flip_last_byte))
     with careful, pytest.raises(InvalidResponse, match="damaged"):
         careful.get(adapter)
@@ -47,7 +47,7 @@ def test_an_intact_body_passes_the_digest_check(server: Server, adapter: str) ->
 
 
 def test_a_body_that_is_no_prefix_is_told(server: Server, adapter: str) -> None:
-    """A body that another server sent is an error of its own."""
+    """A body that is no prefix is InvalidResponse."""
     client = PrefixClient(server.url, server.admin_key, http=Counting(lambda _: b"<html>"))
     with client, pytest.raises(InvalidResponse):
         client.get(adapter)
@@ -64,7 +64,7 @@ def test_a_silent_server_meets_the_deadline() -> None:
 
 
 def test_a_call_outlives_a_restart(tmp_path: Path) -> None:
-    """A service that comes back within the deadline is found again."""
+    """A call succeeds if the service comes back within the deadline."""
     with running_server(tmp_path / "data") as first:
         port, key = first.url.rpartition(":")[2], first.admin_key
         with PrefixClient(first.url, key) as client:
@@ -79,7 +79,7 @@ def test_a_call_outlives_a_restart(tmp_path: Path) -> None:
 
 
 def test_a_unix_socket(tmp_path: Path) -> None:
-    """`serve --uds` and `PrefixClient(uds=…)` meet on a socket file."""
+    """`PrefixClient(uds=…)` reaches a service started with `serve --uds`."""
     path = tmp_path / "s.sock"
     with (
         running_server(tmp_path / "data", "--uds", str(path), uds=path) as server,
@@ -91,7 +91,7 @@ def test_a_unix_socket(tmp_path: Path) -> None:
 
 @contextmanager
 def tls_in_front_of(url: str, folder: Path) -> Iterator[tuple[str, Path]]:
-    """A TLS proxy with a certificate of its own authority: its URL, and the authority's file."""
+    """Yields the URL of a TLS proxy with a certificate of its own authority, and the authority's file."""
     certificate, key = folder / "ca.pem", folder / "key.pem"
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
     command += ["-addext", "subjectAltName=DNS:localhost", "-keyout", str(key), "-out", str(certificate)]
@@ -133,7 +133,7 @@ def _pump(source: socket.socket, sink: socket.socket) -> None:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the proxy's half-closed sockets
 def test_tls_with_an_authority_of_ones_own(server: Server, adapter: str, tmp_path: Path) -> None:
-    """`ca_file` is trusted, and without it the same certificate is refused."""
+    """With `ca_file` the proxy's certificate is trusted, and without it refused."""
     with tls_in_front_of(server.url, tmp_path) as (url, ca_file):
         with PrefixClient(url, server.admin_key, ca_file=ca_file) as client:
             assert client.get(adapter).version == 1
@@ -142,7 +142,7 @@ def test_tls_with_an_authority_of_ones_own(server: Server, adapter: str, tmp_pat
 
 
 def test_publishing_is_retried_from_the_beginning_of_the_file(tmp_path: Path) -> None:
-    """The weights are read anew for another try."""
+    """Another try of a publication reads the weights again from their beginning."""
     with running_server(tmp_path / "data") as first:
         port, key = first.url.rpartition(":")[2], first.admin_key
     weights = (LLAMA / "adapter_model.safetensors").open("rb")

@@ -21,11 +21,11 @@ from starlette.routing import Route
 import prefix_service.client.vllm as connector
 from prefix_service.client import PrefixClient
 from prefix_service.client.vllm import bodies, failures, guard
+from prefix_service.client.vllm.composition import Composition, Version
 from prefix_service.client.vllm.config import ConnectorConfig, refuse_partners
 from prefix_service.client.vllm.middleware import PrefixMiddleware
 from prefix_service.client.vllm.model import Model, refuse_model
 from prefix_service.client.vllm.requests import adapters_asked, adapters_of, parameters_of, refuse_unservable
-from prefix_service.client.vllm.resolver import Composition, Version
 from prefix_service.client.vllm.salt import Salts
 from prefix_service.client.vllm.source import Source
 from prefix_service.errors import DimensionMismatch, InvalidReference, InvalidRequest

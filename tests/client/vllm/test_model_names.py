@@ -13,13 +13,13 @@ import pytest
 from prefix_service.client import PrefixClient
 from prefix_service.client.flows import listing
 from prefix_service.client.protocol import Answer
-from prefix_service.client.vllm import catalogue
+from prefix_service.client.vllm import model_list
 from prefix_service.client.vllm.answers import Labelled
-from prefix_service.client.vllm.catalogue import Catalogue, page_of
+from prefix_service.client.vllm.composition import Composition, Version
 from prefix_service.client.vllm.config import ConnectorConfig
 from prefix_service.client.vllm.model import Model
+from prefix_service.client.vllm.model_list import ModelList, page_of
 from prefix_service.client.vllm.names import Permissions
-from prefix_service.client.vllm.resolver import Composition, Version
 from prefix_service.client.vllm.scheduler import SchedulerHalf
 from prefix_service.client.vllm.source import Source
 from prefix_service.errors import ConnectionFailed, InvalidRequest, InvalidResponse, NotFound
@@ -176,6 +176,9 @@ def test_the_default_adapter_is_that_of_requests_that_name_none(vllm: Behind) ->
     """It is not used for a LoRA, or on a route without adapters; a default that cannot be used is 503."""
     vllm.extra |= {"default_adapter": "other/hidden@1", "adapters": ["vllm/*"]}
     assert (reached_by(vllm) or "").startswith("other/hidden@sha256:")
+    answer = ask(vllm, model="base")
+    assert (answer.json()["model"], answer.headers["prefix-version"]) == ("base", "1")
+    assert answer.json()["kv_transfer_params"]["prefix_adapter"].startswith("other/hidden@sha256:")
     assert (reached_by(vllm, model="org/base", kv_transfer_params={}) or "").startswith("other/hidden@sha256:")
     assert (reached_by(vllm, model="vllm/fits") or "").startswith("vllm/fits@")
     assert reached_by(vllm, model="org/lora") is None
@@ -256,7 +259,7 @@ def test_models_are_vllms_and_the_adapters_that_are_allowed_and_fit(
 
 def test_while_the_service_is_away_vllms_own_models_are_listed(vllm: Behind, monkeypatch: pytest.MonkeyPatch) -> None:
     """Routers read the list to see whether vLLM lives, so it is answered; an adapter's card is 503."""
-    monkeypatch.setattr(catalogue, "_PATIENCE", 0.2)
+    monkeypatch.setattr(model_list, "_PATIENCE", 0.2)
     vllm.extra["url"] = "http://127.0.0.1:9"
     assert [card["id"] for card in listed(vllm)["data"]] == ["base", "org/base", "org/lora"]
     assert vllm.post(None, "/v1/models/vllm/fits").status_code == 503
@@ -301,11 +304,11 @@ def _item(tenant: str, number: int) -> dict[str, Any]:
     return {"tenant": tenant, "adapter": name, "latest": {**told, **sizes, "created": "2026-01-01T00:00:00Z"}}
 
 
-def of(source: Listed, adapters: list[str] | None) -> Catalogue:
-    """Returns the catalogue of a configuration."""
+def of(source: Listed, adapters: list[str] | None) -> ModelList:
+    """Returns the list of models of a configuration."""
     config = ConnectorConfig.of({"url": "http://x", "adapters": adapters})
     given: Any = source
-    return Catalogue(given, Permissions(config, given), GPT2_MODEL, "base")
+    return ModelList(given, Permissions(config, given), GPT2_MODEL, "base")
 
 
 async def test_five_thousand_adapters_are_listed_and_paged() -> None:
@@ -366,8 +369,8 @@ async def test_the_key_and_the_patterns_say_whose_adapters_are_listed(
 
 async def test_while_the_service_does_not_answer_the_last_list_stands(monkeypatch: pytest.MonkeyPatch) -> None:
     """An error, or an answer that cannot be read, leaves the last list, and the service is asked again later."""
-    monkeypatch.setattr(catalogue, "_FRESH", 0.0)
-    monkeypatch.setattr(catalogue, "_TIMES_READ", 0)
+    monkeypatch.setattr(model_list, "_FRESH", 0.0)
+    monkeypatch.setattr(model_list, "_TIMES_READ", 0)
     source = Listed("acme", acme=2)
     made = of(source, None)
     cards = await made.cards()
@@ -382,7 +385,7 @@ async def test_while_the_service_does_not_answer_the_last_list_stands(monkeypatc
 
 async def test_as_many_adapters_are_listed_as_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Adapters above the limit are not listed."""
-    monkeypatch.setattr(catalogue, "_MOST_KEPT", 3)
+    monkeypatch.setattr(model_list, "_MOST_KEPT", 3)
     assert len(await of(Listed("acme", acme=9), None).cards()) == 3
 
 

@@ -13,9 +13,10 @@ import pytest
 
 from prefix_service.client import PrefixClient
 from prefix_service.client.vllm.background import Background
+from prefix_service.client.vllm.composition import Composition
 from prefix_service.client.vllm.config import ConnectorConfig
 from prefix_service.client.vllm.model import Model
-from prefix_service.client.vllm.resolver import _QUESTIONS, Composition, Resolver
+from prefix_service.client.vllm.resolver import _QUESTIONS, Resolver
 from prefix_service.client.vllm.source import Source
 from prefix_service.errors import ConnectionFailed, DimensionMismatch, NotFound, Unauthenticated, Unavailable
 from tests.client.conftest import GPT2

@@ -1,39 +1,26 @@
-"""Request bodies, read under limits while they arrive."""
+"""Request bodies, read under limits while they arrive. JSON is parsed and validated in threads, in memory that was
+reserved before.
+"""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable
 from functools import partial
-from typing import Final
+from typing import Any, TypeVar
 
 from fastapi import Request
+from pydantic import BaseModel
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 
-from prefix_service.api.dependencies.multipart import MultipartReader, Part
+from prefix_service.api.dependencies.memory import computed, reserved
+from prefix_service.api.http.json_objects import MOST_JSON, MOST_MASK_JSON, json_object, validated
 from prefix_service.api.http.patience import MINIMUM_RATE, Patience
 from prefix_service.api.state import state_of
-from prefix_service.errors import InvalidRequest, RequestTimeout, TooLarge, UnsafeCheckpoint
-from prefix_service.library.arrivals import Upload
-from prefix_service.prefix.description import MOST_CARD
-from prefix_service.prefix.file_names import CARD_NAME, CONFIG_NAME, PICKLE_SUFFIXES, WEIGHTS_NAME
-from prefix_service.prefix.json_text import MAX_BASE_CONFIG_BYTES, MAX_CONFIG_BYTES
+from prefix_service.errors import InvalidRequest, RequestTimeout, TooLarge
+from prefix_service.prefix.json_text import json_memory
 
-BASE_CONFIG: Final = "base_model_config"
-ANNOTATIONS: Final = "annotations"
-_MOST_ANNOTATIONS: Final = 1 << 20  # bytes of JSON, which may write a byte of a value as six
-_MOST: Final = {
-    CONFIG_NAME: MAX_CONFIG_BYTES,
-    BASE_CONFIG: MAX_BASE_CONFIG_BYTES,
-    CARD_NAME: MOST_CARD,
-    ANNOTATIONS: _MOST_ANNOTATIONS,
-}
-_BESIDE: Final = 2 * sum(_MOST.values())  # bytes of the other parts, and of what stands between parts, at most
-_ORDER: Final = (CONFIG_NAME, BASE_CONFIG, WEIGHTS_NAME)
-_BATCH: Final = 1 << 20  # bytes that a thread takes at a time
-
-MOST_HELD: Final = _BATCH + sum(_MOST.values())
-"""Bytes of an upload that are in memory at most while the rest arrives: all parts but the weights, and weights that no
-thread has taken yet."""
+M = TypeVar("M", bound=BaseModel)
+T = TypeVar("T")
 
 
 def has_body(headers: Headers) -> bool:
@@ -41,8 +28,17 @@ def has_body(headers: Headers) -> bool:
     return headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
 
 
+def declared_bytes(request: Request, limit: int | None = None) -> int:
+    """Returns the body's Content-Length, but at most `limit`; without a Content-Length `limit`, or 0 if there is no
+    limit."""
+    declared = request.headers.get("content-length", "")
+    if not declared.isdecimal() or len(declared) > 19:
+        return limit or 0
+    return int(declared) if limit is None else min(int(declared), limit)
+
+
 async def read_body(request: Request, limit: int) -> bytearray:
-    """The whole body.
+    """Returns the whole body.
 
     Raises:
         TooLarge: it has more than `limit` bytes, declared or not.
@@ -50,48 +46,21 @@ async def read_body(request: Request, limit: int) -> bytearray:
         InvalidRequest: the caller went away.
     """
     body = bytearray()
-    async for piece in _arriving(request, limit, extends=False):
+    async for piece in arriving(request, limit, extends=False):
         body += piece
     return body
 
 
-def declared_weights(request: Request) -> int:
-    """Returns the bytes of weights that an upload has at least, by its Content-Length; 0 where none is declared."""
-    return max(0, _declared_length(request) - _BESIDE)
-
-
-def _declared_length(request: Request) -> int:
-    declared = request.headers.get("content-length", "")
-    return int(declared) if declared.isdigit() else 0
-
-
-async def read_upload(request: Request, upload: Upload, limit: int) -> Mapping[str, bytes]:
-    """Writes the weights of a multipart upload into `upload`; returns its other parts by their names, among them
-    `CONFIG_NAME`.
+async def arriving(request: Request, limit: int, *, extends: bool) -> AsyncIterator[bytes]:
+    """Yields a body, piece by piece. It has `receive_timeout` seconds to arrive; with `extends`, bytes that arrive
+    extend them.
 
     Raises:
-        InvalidRequest: malformed, out of order, incomplete, or with an unknown field.
-        UnsafeCheckpoint: a field named like a pickle.
-        TooLarge: weights of more than `limit` bytes, or another part of more than it may have.
-        QuotaExceeded: more bytes than the tenant's quota leaves.
+        TooLarge: it has more than `limit` bytes, declared or not.
         RequestTimeout: it did not arrive in time.
+        InvalidRequest: the caller went away.
     """
-    parts = _Parts(MultipartReader(request.headers["content-type"]), upload, limit)
-    pending = bytearray()
-    async for piece in _arriving(request, limit + _BESIDE, extends=True):
-        pending += piece
-        if len(pending) >= _BATCH:
-            await upload.take(partial(parts.receive, bytes(pending)))
-            pending.clear()
-            upload.hold()
-    await upload.take(partial(parts.receive, bytes(pending)))
-    return parts.finished()
-
-
-async def _arriving(request: Request, limit: int, *, extends: bool) -> AsyncIterator[bytes]:
-    """Yields a body, piece by piece. It has `receive_timeout` seconds to arrive; with `extends`, bytes that arrive
-    extend them."""
-    if (declared := _declared_length(request)) > limit:
+    if (declared := declared_bytes(request)) > limit:
         raise TooLarge(f"the body has {declared} bytes, more than {limit}")
     settings = state_of(request).settings
     patience = Patience(settings.receive_timeout)
@@ -117,67 +86,51 @@ async def _arriving(request: Request, limit: int, *, extends: bool) -> AsyncIter
         yield piece
 
 
-class _Parts:
-    """The state of one multipart body: which part is arriving, and what has arrived."""
+async def read_json(request: Request, read: Callable[[dict[str, Any]], T]) -> T:
+    """Returns what `read` makes of the JSON object in a body.
 
-    def __init__(self, reader: MultipartReader, upload: Upload, limit: int) -> None:
-        self._reader = reader
-        self._upload, self._limit = upload, limit
-        self._others: dict[str, bytearray] = {}
-        self._seen: list[str] = []
+    Raises:
+        InvalidRequest: it is not JSON, or what `read` raises.
+        TooLarge: it has more than a megabyte.
+        OutOfSpace, Overloaded: there is no memory for it.
+    """
+    limit = min(MOST_JSON, state_of(request).settings.max_request_bytes)
+    async with reserved(request, declared_bytes(request, limit)):
+        return await parsed(request, await read_body(request, limit), read)
 
-    def receive(self, data: bytes) -> None:
-        """Take the next bytes of the body. Blocking.
 
-        Raises:
-            InvalidRequest, UnsafeCheckpoint, TooLarge: as `read_upload`.
-        """
-        for found in self._reader.read(data):
-            if isinstance(found, Part):
-                self._begin_part(found.name)
-            else:
-                self._add_to_part(found)
+async def parsed(request: Request, body: bytearray, read: Callable[[dict[str, Any]], T]) -> T:
+    """Returns what `read` makes of a JSON object.
 
-    def finished(self) -> Mapping[str, bytes]:
-        """Returns the parts of a complete upload by their names, without the weights."""
-        missing = [name for name in (CONFIG_NAME, WEIGHTS_NAME) if name not in self._seen]
-        if missing or not self._reader.is_complete:
-            raise InvalidRequest(f"the upload is incomplete: {', '.join(missing) or 'its end'} missing")
-        return {name: bytes(content) for name, content in self._others.items()}
+    Raises:
+        InvalidRequest: it is not JSON, or what `read` raises.
+        OutOfSpace, Overloaded: there is no memory for it.
+    """
+    return await computed(request, json_memory(len(body)), lambda: read(json_object(body)))
 
-    def _begin_part(self, name: str) -> None:
-        if name.endswith(PICKLE_SUFFIXES):
-            raise UnsafeCheckpoint(
-                f"{name:.80} is a pickle, which is never opened here: turn it into safetensors on your own machine "
-                "with `prefix-service convert`"
-            )
-        if name not in _ORDER and name not in _MOST:
-            raise InvalidRequest(
-                f"unknown form field {name!r:.80}: send {', '.join(_ORDER)} in this order, and before the last of them "
-                f"{CARD_NAME} or {ANNOTATIONS} if you have them"
-            )
-        if name in self._seen or WEIGHTS_NAME in self._seen or not self._is_in_order(name):
-            raise InvalidRequest(
-                f"form field {name} is out of order or sent twice: send {', '.join(_ORDER)}, and {CARD_NAME} and "
-                f"{ANNOTATIONS} before {WEIGHTS_NAME}"
-            )
-        if name == WEIGHTS_NAME and CONFIG_NAME not in self._seen:
-            raise InvalidRequest(f"form field {CONFIG_NAME} must come before {WEIGHTS_NAME}")
-        self._seen.append(name)
-        if name != WEIGHTS_NAME:
-            self._others[name] = bytearray()
 
-    def _is_in_order(self, name: str) -> bool:
-        later = _ORDER[_ORDER.index(name) :] if name in _ORDER else ()
-        return not any(known in self._seen for known in later)
+async def read_mask_json(request: Request, read: Callable[[dict[str, Any]], T]) -> T:
+    """Returns what `read` makes of the JSON object, with a mask, in a body whose memory is reserved.
 
-    def _add_to_part(self, data: bytes) -> None:
-        name = self._seen[-1]
-        if name == WEIGHTS_NAME:
-            if self._upload.size + len(data) > self._limit:
-                raise TooLarge(f"the weights have more than {self._limit} bytes")
-            self._upload.write(data)
-            return
-        self._others[name] += data
-        if len(self._others[name]) > _MOST[name]:
-            raise TooLarge(f"{name} has more than {_MOST[name]} bytes")
+    Raises:
+        InvalidRequest: it is not JSON, or what `read` raises.
+        TooLarge: it has more than four megabytes.
+        OutOfSpace, Overloaded: there is no memory for it.
+    """
+    limit = min(MOST_MASK_JSON, state_of(request).settings.max_request_bytes)
+    try:
+        body = await read_body(request, limit)
+    except TooLarge as error:
+        raise TooLarge(f"{error.message} of JSON: send a larger mask to …/prefix as a safetensors file") from error
+    return await parsed(request, body, read)
+
+
+async def read_model(request: Request, model: type[M]) -> M:
+    """Returns a JSON body as its model.
+
+    Raises:
+        InvalidRequest: it is not JSON, or a field is missing, unknown or malformed.
+        TooLarge: it has more than a megabyte.
+        OutOfSpace, Overloaded: there is no memory for it.
+    """
+    return await read_json(request, partial(validated, model))

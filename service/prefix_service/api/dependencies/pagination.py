@@ -13,7 +13,7 @@ from fastapi import Depends, Query, Request, Response
 from pydantic import BaseModel
 from pydantic.json_schema import SkipJsonSchema
 
-from prefix_service.api.dependencies.json_bodies import reserved
+from prefix_service.api.dependencies.memory import reserved
 from prefix_service.errors import InvalidReference, InvalidRequest
 from prefix_service.library.pages import PAGE_BYTES, Page, WantedPage
 from prefix_service.logs import redacted

@@ -1,7 +1,7 @@
 """Pages that are the same for every caller: made once, compressed, and revalidated by an entity tag."""
 
 import gzip
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 from typing import Final
@@ -10,6 +10,7 @@ from anyio import to_thread
 from fastapi import Request
 from starlette.datastructures import Headers
 from starlette.responses import Response
+from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from prefix_service.api.http.negotiation import is_current, takes_gzip
@@ -60,13 +61,16 @@ def read_page(file: Path, media_type: str) -> Response:
     return Response(file.read_bytes(), media_type=media_type)
 
 
-def made_once(make: Callable[[], Response]) -> Callable[[Request], Awaitable[Response]]:
-    """Returns an endpoint that answers with a page, which the first request has made, in a thread."""
+def page_route(path: str, make: Callable[[], Response]) -> Route:
+    """Returns the route of a page, which the first request makes, in a thread. Log and metrics name it by the `route`
+    in the scope, as they name FastAPI's own routes."""
     made: list[Page] = []
 
-    async def answer(_request: Request) -> Response:
+    async def answer(request: Request) -> Response:
+        request.scope["route"] = route
         if not made:
             made.append(await to_thread.run_sync(lambda: Page(make())))
         return made[0]
 
-    return answer
+    route = Route(path, answer, include_in_schema=False)
+    return route

@@ -10,7 +10,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from prefix_service.api.http.page_files import PAGE_FILES
 from prefix_service.api.http.paths import HEALTH, REFERENCE_FILES, TenantPath
-from prefix_service.api.middleware.revisions import WRITES
 from prefix_service.api.middleware.session_cookie import session_of
 from prefix_service.catalog.records import DEV, Principal
 from prefix_service.catalog.records import Scope as KeyScope
@@ -22,6 +21,8 @@ from prefix_service.prefix.references import check_name
 
 _OF_METRICS_KEYS: Final = frozenset({"/metrics", "/v1/whoami"})
 """The routes that a key of scope `metrics` may use."""
+WRITES: Final = "writes"
+"""In the scope of a request that needs a key of scope `write` or `admin`, and changes something."""
 PUBLIC: Final = HEALTH | {"/", "/openapi.json", "/ui/session", *REFERENCE_FILES, *PAGE_FILES}
 _LOCAL: Final = rb"(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?"
 _LOCAL_HOST: Final = re.compile(_LOCAL, re.IGNORECASE)

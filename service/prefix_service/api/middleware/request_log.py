@@ -125,11 +125,12 @@ def _name(fields: dict[str, Any], parts: tuple[Served, ...]) -> None:
 
 
 def _divide(fields: dict[str, Any], load: float | None, started: float, began: float, ended: float) -> None:
-    """Add whether anything was loaded, and the parts of a request's time: waiting until the answer began, but for
-    loading; loading; and sending."""
+    """Adds whether anything was loaded, and the parts of a request's time: loading, sending, and preparing, which is
+    everything else until the answer begins: reading the catalog, waiting for turns and memory, planning, converting
+    tensors, and hashing the body."""
     fields["cold"] = load is not None
     loading = load or 0.0
-    fields["wait_seconds"] = round(max(0.0, began - started - loading), 6)
+    fields["prepare_seconds"] = round(max(0.0, began - started - loading), 6)
     fields["load_seconds"] = round(loading, 6)
     fields["send_seconds"] = round(ended - began, 6)
 

@@ -4,12 +4,10 @@ from typing import Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from prefix_service.api.http.revisions import Revisions
+from prefix_service.api.http.opaque import Revisions
+from prefix_service.api.middleware.auth import WRITES
 from prefix_service.catalog.records import Principal
 from prefix_service.library.following import Following
-
-WRITES: Final = "writes"
-"""In the scope of a request that needs a key of scope `write` or `admin`, and changes something."""
 
 _MIN: Final = b"prefix-min-revision"
 

@@ -12,6 +12,9 @@ CSRF_HEADER: Final = "X-Prefix-CSRF"
 """A page of another site cannot send it without being asked first, and nobody answers that question here."""
 
 _COOKIE: Final = "prefix-session"
+_SECURE_COOKIE: Final = f"__Host-{_COOKIE}"
+"""The cookie behind TLS. Browsers take this prefix from the host itself alone, over TLS, so neither a neighbouring
+subdomain nor somebody on an unencrypted line can plant a session of their own (RFC 6265bis, section 4.1.3.2)."""
 _ID: Final = re.compile(r"[A-Za-z0-9_-]{55}")
 _ORIGIN: Final = re.compile(rb"(https?)://([^/?#]+)")
 _PORT: Final = re.compile(rb":[0-9]+$")
@@ -66,19 +69,27 @@ def session_cookie(session_id: str, scope: Scope) -> str:
     """Returns the value of `Set-Cookie` that gives the browser a session's id, or with an empty id removes it.
 
     The cookie is `Secure` if the page's Origin is `https:`, which holds behind a proxy that ends TLS too."""
-    secure = "; Secure" if dict(scope["headers"]).get(b"origin", b"").startswith(b"https:") else ""
+    name, secure = (_SECURE_COOKIE, "; Secure") if _is_secure(scope) else (_COOKIE, "")
     seconds = int(LONGEST.total_seconds()) if session_id else 0
-    return f"{_COOKIE}={session_id}; Path=/; Max-Age={seconds}; HttpOnly; SameSite=Strict{secure}"
+    return f"{name}={session_id}; Path=/; Max-Age={seconds}; HttpOnly; SameSite=Strict{secure}"
+
+
+def _is_secure(scope: Scope) -> bool:
+    origin: bytes = dict(scope["headers"]).get(b"origin", b"")
+    return origin.startswith(b"https:")
 
 
 def cookie_of(scope: Scope) -> str | None:
-    """Returns the id of a session in the cookies of a request; None if it has none, or a malformed one."""
+    """Returns the id of a session in the cookies of a request; None if it has none, or a malformed one.
+
+    The cookie with the prefix counts before the one without, and alone if the Origin is `https:`. A browser leaves the
+    Origin out of a GET, which may therefore have either.
+    """
+    found: dict[str, str] = {}
     for name, value in scope["headers"]:
-        if name != b"cookie":
-            continue
-        for pair in value.decode("latin-1").split(";"):
-            key, _, text = pair.strip().partition("=")
-            if key == _COOKIE and _ID.fullmatch(text):
-                found: str = text
-                return found
-    return None
+        if name == b"cookie":
+            for pair in value.decode("latin-1").split(";"):
+                key, _, text = pair.strip().partition("=")
+                if key in (_SECURE_COOKIE, _COOKIE) and _ID.fullmatch(text):
+                    found.setdefault(key, text)
+    return found.get(_SECURE_COOKIE) or (None if _is_secure(scope) else found.get(_COOKIE))

@@ -4,12 +4,11 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Final
 
 import orjson
+import torch
 from pydantic import BaseModel
 from starlette.responses import Response, StreamingResponse
 
-from prefix_service.api.open_inference.requests import INPUTS
-from prefix_service.api.open_inference.responses import DATATYPES
-from prefix_service.api.open_inference.schemas import TensorMetadata
+from prefix_service.api.open_inference.schemas import Datatype, InputName, TensorMetadata
 from prefix_service.catalog.records import Version, VersionName
 from prefix_service.library.library import Library
 from prefix_service.library.pages import Pages, WantedPage
@@ -20,6 +19,23 @@ from prefix_service.registry.admission import Admission
 
 MODEL: Final = "/models/{tenant}/{name}"
 VERSION: Final = MODEL + "/versions/{version}"
+
+JSON_LENGTH: Final = "Inference-Header-Content-Length"
+"""The header field with the number of bytes of a body that are JSON; the rest are tensors."""
+
+INPUTS: Final[dict[InputName, tuple[str, torch.dtype, tuple[int, ...]]]] = {
+    "batch_size": ("INT32", torch.int32, (1,)),
+    "attention_mask": ("INT64", torch.int64, (-1, -1)),
+}
+"""Datatype, dtype and shape of each input; -1 is any size."""
+
+DATATYPES: Final[dict[torch.dtype, Datatype]] = {
+    torch.float32: "FP32",
+    torch.float16: "FP16",
+    torch.bfloat16: "BF16",
+    torch.int64: "INT64",
+}
+"""The datatypes of the outputs."""
 
 PAGE: Final = 1000
 """Versions that are read and written together in a listing, and the most that a model's metadata names."""

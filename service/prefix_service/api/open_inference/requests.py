@@ -10,22 +10,13 @@ import torch
 from starlette.datastructures import Headers
 
 from prefix_service.api.dependencies.input_masks import mask_of_rows, mask_of_tensor
-from prefix_service.api.dependencies.json_bodies import MOST_JSON, MOST_MASK_JSON, json_object, validated
+from prefix_service.api.http.json_objects import MOST_JSON, MOST_MASK_JSON, json_object, validated
+from prefix_service.api.open_inference.models import INPUTS, JSON_LENGTH
 from prefix_service.api.open_inference.schemas import InferenceInput, InferenceRequest, InputName
 from prefix_service.errors import InvalidRequest, TooLarge, UnsupportedMediaType
 from prefix_service.library.plan import PrefixRequest
 from prefix_service.prefix.json_text import json_memory, shown
 from prefix_service.prefix.wire.masks import InputMask
-
-JSON_LENGTH: Final = "Inference-Header-Content-Length"
-"""The header field with the number of bytes of a body that are JSON; the rest are tensors."""
-
-INPUTS: Final[dict[InputName, tuple[str, torch.dtype, tuple[int, ...]]]] = {
-    "batch_size": ("INT32", torch.int32, (1,)),
-    "attention_mask": ("INT64", torch.int64, (-1, -1)),
-}
-"""Datatype, dtype and shape of each input; -1 is any size."""
-
 
 _MOST_RATIO: Final = 100  # of a decompressed body to what was sent
 

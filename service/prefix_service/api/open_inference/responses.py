@@ -13,8 +13,8 @@ from starlette.types import Receive, Scope, Send
 from prefix_service.api.http.responses import RawResponse, send_chunks
 from prefix_service.api.http.served import SERVED, note_load, served
 from prefix_service.api.metrics.inference_statistics import Measurement
-from prefix_service.api.open_inference.requests import JSON_LENGTH
-from prefix_service.api.open_inference.schemas import MOST_NUMBERS, Datatype, InferenceRequest
+from prefix_service.api.open_inference.models import DATATYPES, JSON_LENGTH
+from prefix_service.api.open_inference.schemas import MOST_NUMBERS, InferenceRequest
 from prefix_service.errors import InvalidRequest
 from prefix_service.library.library import Library
 from prefix_service.library.plan import Plan
@@ -22,12 +22,6 @@ from prefix_service.prefix.wire.prefix_file import Slot
 from prefix_service.prefix.wire.rendering import Rendering
 from prefix_service.registry.admission import Admission
 
-DATATYPES: Final[dict[torch.dtype, Datatype]] = {
-    torch.float32: "FP32",
-    torch.float16: "FP16",
-    torch.bfloat16: "BF16",
-    torch.int64: "INT64",
-}
 _STEP: Final = 1 << 14  # numbers that are written in one call, which holds Python's lock
 _TEXT, _PARSED = 25, 100  # bytes of a number as text, and of memory that writing it takes
 
@@ -118,7 +112,7 @@ class TensorsResponse(RawResponse):
         return [(name.encode(), value.encode()) for name, value in headers.items()]
 
     def _head(self, rendering: Rendering) -> bytes:
-        """The JSON of the answer; its shape is that of `inference_v2_schemas.InferenceResponse`."""
+        """The JSON of the answer; its shape is that of `schemas.InferenceResponse`."""
         version = self._plan.version
         document: dict[str, object] = {
             "model_name": f"{version.tenant}/{version.adapter}",

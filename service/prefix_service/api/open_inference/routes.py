@@ -10,12 +10,14 @@ from pydantic import BaseModel
 from starlette.responses import StreamingResponse
 
 from prefix_service.api.dependencies.authority import Actor
-from prefix_service.api.dependencies.bodies import read_body
-from prefix_service.api.dependencies.json_bodies import MOST_JSON, computed, declared_bytes, parsed, reserved, validated
+from prefix_service.api.dependencies.bodies import declared_bytes, parsed, read_body
+from prefix_service.api.dependencies.memory import computed, reserved
+from prefix_service.api.http.json_objects import MOST_JSON, validated
 from prefix_service.api.http.paths import NamePath, SelectorPath
 from prefix_service.api.middleware.auth import Caller, ReadableTenant, WritableTenant
 from prefix_service.api.open_inference.extensions import EXTENSIONS
 from prefix_service.api.open_inference.models import (
+    JSON_LENGTH,
     MODEL,
     PAGE,
     VERSION,
@@ -29,7 +31,7 @@ from prefix_service.api.open_inference.models import (
     resolved,
     written,
 )
-from prefix_service.api.open_inference.requests import JSON_LENGTH, memory_of_parsing, most_inflated, parse_inference
+from prefix_service.api.open_inference.requests import memory_of_parsing, most_inflated, parse_inference
 from prefix_service.api.open_inference.responses import TensorsResponse
 from prefix_service.api.open_inference.schemas import (
     IndexEntry,

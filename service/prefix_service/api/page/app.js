@@ -37,6 +37,9 @@ function decodeSafely(part) {
 function Frame() {
   const [name = "now", ...rest] = route.value;
   const chosen = VIEWS[name] && VIEWS[name][3]() ? name : null;
+  useEffect(() => {
+    document.querySelector("nav [aria-current]")?.scrollIntoView({ block: "nearest", inline: "nearest" });
+  }, [chosen]);
   const who = me.value.tenant === null ? (me.value.id === "dev" ? "dev mode" : "the platform") : me.value.tenant;
   return html`
     <header class="top">

@@ -36,6 +36,12 @@ export function moment(text) {
   return at.toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "short" });
 }
 
+// The time of day of a moment in seconds.
+export function clock(at) {
+  const text = inUtc.value ? new Date(at * 1000).toISOString().slice(11, 19) : new Date(at * 1000).toTimeString().slice(0, 8);
+  return text.endsWith(":00") ? text.slice(0, 5) : text;
+}
+
 export function ago(text) {
   if (!text) return "never";
   const seconds = (Date.now() - new Date(text)) / 1000;

@@ -6,25 +6,20 @@ import { ago, bytes, moment, number, visible } from "./format.js";
 
 const MOST_SHOWN = 10000; // characters of a long text
 
-export const toast = signal(null); // {text, action: {label, run}, kind}
+export const toast = signal(null); // {text}
 
-export function say(text, action = null, kind = "good") {
-  const shown = { text, action, kind };
+export function say(text) {
+  const shown = { text };
   toast.value = shown;
   setTimeout(() => {
     if (toast.value === shown) toast.value = null;
-  }, action ? 30000 : 6000);
+  }, 6000);
 }
 
 export function Toast() {
   const shown = toast.value;
   if (!shown) return html`<div role="status" aria-live="polite"></div>`;
-  const run = async () => {
-    toast.value = null;
-    await shown.action.run();
-  };
-  return html`<div role="status" aria-live="polite"><div class="toast notice ${shown.kind}">
-    ${shown.action && html`<button class="main" onClick=${run}>${shown.action.label}</button>`}
+  return html`<div role="status" aria-live="polite"><div class="toast notice good">
     <span>${shown.text}</span>
     <button onClick=${() => (toast.value = null)} aria-label="Close this message">×</button>
   </div></div>`;

@@ -8,7 +8,7 @@ from importlib.metadata import version
 import structlog
 import torch
 
-from prefix_service.data_folder.opening import bootstrap_file
+from prefix_service.data_folder.opening import bootstrap_file, shown_catalog
 from prefix_service.logs import for_people, write_line
 from prefix_service.settings import Settings
 from prefix_service.system.file_limit import most_connections
@@ -37,6 +37,7 @@ def announce(settings: Settings, at: str, device: torch.device, *, as_json: bool
         version=version("prefix-service"),
         at=at,
         data=str(settings.data_dir),
+        **_catalog(settings),
         device=str(device),
         connections=most_connections(settings.max_connections),
     )
@@ -44,6 +45,11 @@ def announce(settings: Settings, at: str, device: torch.device, *, as_json: bool
         log.warning("dev mode: no keys, every caller on this machine may do everything")
     elif key.exists():
         log.info("the platform admin's first key is in a file", file=str(key))
+
+
+def _catalog(settings: Settings) -> dict[str, str]:
+    found = shown_catalog(settings)
+    return {} if found is None else {"catalog": found}
 
 
 def _rows(settings: Settings, at: str, device: torch.device) -> list[tuple[str, str]]:
@@ -60,4 +66,5 @@ def _rows(settings: Settings, at: str, device: torch.device) -> list[tuple[str, 
     else:
         rows.append(("key", "prefix-service key create makes one"))
     rows.append(("data", f"{settings.data_dir}, prefixes on {device}{', read-only' if settings.read_only else ''}"))
+    rows += _catalog(settings).items()
     return [*rows, ("stop", "Ctrl+C")]

@@ -24,10 +24,12 @@ from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
 from typing import Any, Final
 
-from prefix_service.api.processes.worker import SIGN
 from prefix_service.errors import Unavailable
 
 log = logging.getLogger("prefix_service")
+
+SIGN: Final = b"\n"
+"""A sign of life; the first one reports that the worker is ready. Other bytes are the reason why it cannot start."""
 
 _SPAWN: Final = multiprocessing.get_context("spawn")
 

@@ -15,12 +15,11 @@ from functools import partial
 from multiprocessing.reduction import DupFd
 from typing import Any, Final
 
+from prefix_service.api.processes.supervisor import SIGN
 from prefix_service.errors import PrefixServiceError
 from prefix_service.logs import configure
 from prefix_service.settings import Settings
 
-SIGN: Final = b"\n"
-"""A sign of life; the first one reports that the worker is ready. Other bytes are the reason why it cannot start."""
 FAILED: Final = 3
 """The exit status of a worker that could not start and has reported why."""
 

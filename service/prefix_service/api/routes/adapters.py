@@ -10,9 +10,7 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 from pydantic.json_schema import SkipJsonSchema
 
 from prefix_service.api.dependencies.authority import Actor
-from prefix_service.api.dependencies.json_bodies import (
-    payer,
-)
+from prefix_service.api.dependencies.memory import payer
 from prefix_service.api.dependencies.pagination import NUMBERS, AskedPage, Places, name_in, number_in
 from prefix_service.api.http.paths import DeletablePath, NamePath, RefPath
 from prefix_service.api.middleware.auth import ReadableTenant, WritableTenant

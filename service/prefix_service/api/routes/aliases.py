@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
 from prefix_service.api.dependencies.authority import Actor
-from prefix_service.api.dependencies.json_bodies import read_model
+from prefix_service.api.dependencies.bodies import read_model
 from prefix_service.api.http.negotiation import is_expected, require_media_type
 from prefix_service.api.http.paths import AliasPath, NamePath
 from prefix_service.api.middleware.auth import ReadableTenant, WritableTenant

@@ -7,10 +7,11 @@ from fastapi import APIRouter, Response
 from pydantic import BaseModel
 
 from prefix_service.api.dependencies.pagination import Asked, AskedPage, Places
+from prefix_service.api.http.opaque import OpaqueNumbers
 from prefix_service.api.middleware.auth import AdministeredTenant, Caller, PlatformAdmin
 from prefix_service.api.routes.schemas import Moment
 from prefix_service.api.state import State, StateOf
-from prefix_service.catalog.records import PLATFORM, WITHOUT_KEY, AuditEntry
+from prefix_service.catalog.records import PLATFORM, WITHOUT_KEY, AuditEntry, Principal
 
 router = APIRouter(tags=["audit"])
 
@@ -30,6 +31,13 @@ class AuditItem(BaseModel):
     target: str
     details: dict[str, Any]
 
+    @classmethod
+    def of(cls, entry: AuditEntry, ids: OpaqueNumbers, caller: Principal) -> "AuditItem":
+        """From the catalog's entry, as the caller may see it."""
+        is_hidden = caller.tenant is not None and entry.actor == PLATFORM and entry.key_id not in WITHOUT_KEY
+        key_id = PLATFORM if is_hidden else entry.key_id
+        return cls.model_validate({**asdict(entry), "id": ids.text(entry.id), "key_id": key_id})
+
 
 class AuditPage(BaseModel):
     """Changes, newest first; `next` is the cursor of older ones, or null."""
@@ -41,22 +49,20 @@ class AuditPage(BaseModel):
 @router.get("/v1/tenants/{tenant}/audit", response_model=AuditPage)
 async def tenant_audit(tenant: AdministeredTenant, caller: Caller, asked: AskedPage, state: StateOf) -> Response:
     """Every change of a tenant's resources, newest first."""
-    return await _page(state, tenant, asked, hides_platform=caller.tenant is not None)
+    return await _page(state, tenant, asked, caller)
 
 
 @router.get("/v1/audit", response_model=AuditPage)
-async def audit(_caller: PlatformAdmin, asked: AskedPage, state: StateOf) -> Response:
+async def audit(caller: PlatformAdmin, asked: AskedPage, state: StateOf) -> Response:
     """Every change, newest first."""
-    return await _page(state, None, asked, hides_platform=False)
+    return await _page(state, None, asked, caller)
 
 
-async def _page(state: State, tenant: str | None, asked: Asked, *, hides_platform: bool) -> Response:
+async def _page(state: State, tenant: str | None, asked: Asked, caller: Principal) -> Response:
     ids = state.audit_ids
     places = Places(lambda text: ids.number(text) if ids.holds(text) else None, ids.text)
 
     def item(entry: AuditEntry) -> AuditItem:
-        is_hidden = hides_platform and entry.actor == PLATFORM and entry.key_id not in WITHOUT_KEY
-        key_id = PLATFORM if is_hidden else entry.key_id
-        return AuditItem.model_validate({**asdict(entry), "id": ids.text(entry.id), "key_id": key_id})
+        return AuditItem.of(entry, ids, caller)
 
     return asked.answer(await state.pages.audit(tenant, asked.wanted(places, item)), places)

@@ -11,8 +11,8 @@ import orjson
 from fastapi import APIRouter, Depends, Request, Response
 
 from prefix_service.api.dependencies.authority import Actor
-from prefix_service.api.dependencies.bodies import read_body
-from prefix_service.api.dependencies.json_bodies import declared_bytes, held, payer, read_json, reserved
+from prefix_service.api.dependencies.bodies import declared_bytes, read_body, read_json
+from prefix_service.api.dependencies.memory import held, payer, reserved
 from prefix_service.api.http.negotiation import (
     is_current,
     is_expected,
@@ -102,7 +102,7 @@ def _documented_change(media_type: str, schema: dict[str, Any]) -> dict[str, Any
     }
 
 
-_CARD_SCHEMA: Final = {"type": "string", "maxLength": MOST_CARD}
+_CARD_SCHEMA: Final = {"type": "string", "maxLength": MOST_CARD, "pattern": "^[^\\u0000]*$"}
 
 
 @router.get(f"{_PATH}/card", response_class=Response, **_documented(_MARKDOWN, _CARD_SCHEMA))

@@ -1,20 +1,21 @@
 """The OpenAPI document, with what FastAPI cannot see in the signatures of routes, and the page that shows it."""
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.responses import Response
+from starlette.routing import Route
 
 from prefix_service.api.http.page_files import PAGE_FILES, PAGE_FOLDER
 from prefix_service.api.http.paths import REFERENCE_FILES
-from prefix_service.api.http.public_pages import made_once, read_page
+from prefix_service.api.http.public_pages import page_route, read_page
 from prefix_service.api.middleware.auth import PUBLIC
 
 PROBLEM_TYPE: Final = "application/problem+json"
@@ -23,15 +24,15 @@ _SWAGGER_UI: Final = Path(__file__).parents[1] / "swagger_ui"
 Document = dict[str, Any]
 
 
-def pages(app: FastAPI) -> dict[str, Callable[[Request], Awaitable[Response]]]:
-    """Returns the endpoints of the public pages by their paths: the document, Swagger UI, which shows it, and the files
-    of the page at `/ui`."""
+def pages(app: FastAPI) -> list[Route]:
+    """Returns the routes of the public pages: the document, Swagger UI, which shows it, and the files of the page at
+    `/ui`."""
     made: dict[str, Callable[[], Response]] = {"/openapi.json": lambda: JSONResponse(app.openapi())}
     for path, (file, media_type) in REFERENCE_FILES.items():
         made[path] = partial(read_page, _SWAGGER_UI / file, media_type)
     for path, (file, media_type) in PAGE_FILES.items():
         made[path] = partial(read_page, PAGE_FOLDER / file, media_type)
-    return {path: made_once(make) for path, make in made.items()}
+    return [page_route(path, make) for path, make in made.items()]
 
 
 def documented(document: Document) -> Document:

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, BeforeValidator, Field
 
 from prefix_service.api.dependencies.authority import Actor
-from prefix_service.api.dependencies.json_bodies import read_model
+from prefix_service.api.dependencies.bodies import read_model
 from prefix_service.api.dependencies.pagination import Asked, AskedPage, Places
 from prefix_service.api.http.negotiation import require_media_type
 from prefix_service.api.http.paths import KeyPath

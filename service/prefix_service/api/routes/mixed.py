@@ -8,8 +8,10 @@ from typing import Any, Final
 from fastapi import APIRouter, Request
 from starlette.types import Receive, Scope, Send
 
+from prefix_service.api.dependencies.bodies import read_mask_json
 from prefix_service.api.dependencies.input_masks import mask_from_json
-from prefix_service.api.dependencies.json_bodies import payer, read_mask_json, validated
+from prefix_service.api.dependencies.memory import payer
+from prefix_service.api.http.json_objects import validated
 from prefix_service.api.http.negotiation import require_acceptable, require_media_type
 from prefix_service.api.http.responses import RawResponse, send_chunks
 from prefix_service.api.http.served import SERVED, note_load, served_together

@@ -6,16 +6,10 @@ from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Depends, Query, Request
 
-from prefix_service.api.dependencies.bodies import read_body
+from prefix_service.api.dependencies.bodies import declared_bytes, read_body, read_mask_json
 from prefix_service.api.dependencies.input_masks import mask_from_json, mask_of_tensor
-from prefix_service.api.dependencies.json_bodies import (
-    computed,
-    declared_bytes,
-    payer,
-    read_mask_json,
-    reserved,
-    validated,
-)
+from prefix_service.api.dependencies.memory import computed, payer, reserved
+from prefix_service.api.http.json_objects import validated
 from prefix_service.api.http.negotiation import lists, require_acceptable, require_media_type
 from prefix_service.api.http.paths import RefPath
 from prefix_service.api.http.responses import ParametersResponse, PrefixResponse

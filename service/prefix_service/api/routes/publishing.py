@@ -7,21 +7,10 @@ from typing import Any, Final
 from fastapi import APIRouter, Request, Response
 
 from prefix_service.api.dependencies.authority import Founder
-from prefix_service.api.dependencies.bodies import (
-    ANNOTATIONS,
-    BASE_CONFIG,
-    MOST_HELD,
-    declared_weights,
-    read_upload,
-)
-from prefix_service.api.dependencies.json_bodies import (
-    computed,
-    declared_bytes,
-    json_object,
-    read_json,
-    reserved,
-    validated,
-)
+from prefix_service.api.dependencies.bodies import declared_bytes, read_json
+from prefix_service.api.dependencies.memory import computed, reserved
+from prefix_service.api.dependencies.uploads import ANNOTATIONS, BASE_CONFIG, MOST_HELD, declared_weights, read_upload
+from prefix_service.api.http.json_objects import json_object, validated
 from prefix_service.api.http.negotiation import require_media_type
 from prefix_service.api.http.paths import NamePath
 from prefix_service.api.http.presence import while_connected

@@ -7,8 +7,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
 from prefix_service.api.dependencies.authority import Actor
-from prefix_service.api.dependencies.bodies import has_body
-from prefix_service.api.dependencies.json_bodies import read_model
+from prefix_service.api.dependencies.bodies import has_body, read_model
 from prefix_service.api.dependencies.pagination import AskedPage, Places, cursor_of
 from prefix_service.api.http.negotiation import require_media_type
 from prefix_service.api.http.paths import RefPath
@@ -17,6 +16,7 @@ from prefix_service.api.routes.documentation import json_body
 from prefix_service.api.routes.schemas import ResidencyState
 from prefix_service.api.state import StateOf
 from prefix_service.catalog.records import VersionName
+from prefix_service.library.advice import Advice
 from prefix_service.library.request_model import RequestModel
 from prefix_service.library.residency import Overview, ResidentPlace
 from prefix_service.prefix.references import parse_reference
@@ -25,6 +25,7 @@ from prefix_service.registry.report import EvictionReport, ResidentReport, Share
 router = APIRouter(tags=["residency"])
 
 _PLACE: Final = re.compile(r"[0-9]{1,18} [a-z0-9._-]{1,64} [a-z0-9._-]{1,64} [0-9]{1,18} sha256:[0-9a-f]{64}")
+_UNREAD_DAYS: Final = 7
 _PATH: Final = "/v1/tenants/{tenant}/adapters/{ref}/residency"
 
 
@@ -44,6 +45,12 @@ class Residency(BaseModel):
     evicted: list[EvictionReport]
     resident: list[ResidentReport]
     next: str | None
+
+
+class AdviceList(BaseModel):
+    """Advice on the memory of this process; none if nothing needs to be done."""
+
+    items: list[Advice]
 
 
 def _place_in(text: str) -> ResidentPlace | None:
@@ -80,6 +87,15 @@ async def overview(_caller: PlatformReader, asked: AskedPage, state: StateOf) ->
         return asked.respond(shown.model_dump_json().encode(), following)
 
     return await state.residency.overview(asked.limit, asked.after(_PLACES), write)
+
+
+@router.get("/v1/residency/advice")
+async def advise(_caller: PlatformReader, state: StateOf) -> AdviceList:
+    """Return what an operator may do about the memory of the answering process, in words: pinned versions that no
+    process has handed out for 7 days (the 200 largest are examined), and budgets with a low hit ratio. Reads are known
+    by the hour, for as many days as usage is kept."""
+    days = min(_UNREAD_DAYS, state.settings.usage_days)
+    return AdviceList(items=await state.residency.advice(days))
 
 
 @router.put(_PATH, openapi_extra=json_body(ResidencyRequest, required=False))

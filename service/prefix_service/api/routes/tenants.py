@@ -3,8 +3,7 @@
 from fastapi import APIRouter, Request, Response
 
 from prefix_service.api.dependencies.authority import Actor, Founder
-from prefix_service.api.dependencies.bodies import has_body
-from prefix_service.api.dependencies.json_bodies import read_model
+from prefix_service.api.dependencies.bodies import has_body, read_model
 from prefix_service.api.dependencies.pagination import NAMES, AskedPage
 from prefix_service.api.http.negotiation import require_media_type
 from prefix_service.api.middleware.auth import PlatformAdmin, ReadableTenant

@@ -15,6 +15,7 @@ from prefix_service.api.routes.schemas import Moment
 from prefix_service.api.state import State, StateOf
 from prefix_service.catalog.records import OF_PLATFORM, Dimension, Use
 from prefix_service.errors import InvalidRequest
+from prefix_service.prefix.references import NAME_PATTERN, check_name
 
 router = APIRouter(tags=["usage"])
 
@@ -48,6 +49,12 @@ Until = Annotated[
     datetime | SkipJsonSchema[None],
     BeforeValidator(_written_as_a_date),
     Query(description="hours that begin before this moment"),
+]
+
+
+OfAdapter = Annotated[
+    str | SkipJsonSchema[None],
+    Query(description="of this adapter alone", json_schema_extra={"pattern": NAME_PATTERN}),
 ]
 
 
@@ -94,12 +101,13 @@ async def tenant_usage(
     asked: AskedPage,
     state: StateOf,
     by: By = "",
+    adapter: OfAdapter = None,
     since: Since = None,
     until: Until = None,
 ) -> Response:
     """Requests for a tenant's prefixes by hour, the bytes that were sent, the loads that they began, and the prefix
     tokens of all rows. What happened is written within a minute. All keys of the platform appear as `platform`."""
-    return await _page(state, tenant, by, (since, until), asked)
+    return await _page(state, tenant, by, (since, until), asked, adapter)
 
 
 @router.get("/v1/usage", response_model=UsagePage)
@@ -116,13 +124,21 @@ async def usage(
 
 
 async def _page(
-    state: State, tenant: str | None, by: str, when: tuple[datetime | None, datetime | None], asked: Asked
+    state: State,
+    tenant: str | None,
+    by: str,
+    when: tuple[datetime | None, datetime | None],
+    asked: Asked,
+    adapter: str | None = None,
 ) -> Response:
+    if adapter is not None:
+        check_name("adapter", adapter)
     dimensions = _dimensions(by)
     since, until = (_utc(name, moment) for name, moment in zip(("since", "until"), when, strict=True))
     first = None if since is None else since.replace(minute=0, second=0, microsecond=0)
     wanted = asked.wanted(_PLACES, UsageItem.of)
-    return asked.answer(await state.pages.usage(tenant, dimensions, wanted, since=first, until=until), _PLACES)
+    found = await state.pages.usage(tenant, dimensions, wanted, adapter=adapter, since=first, until=until)
+    return asked.answer(found, _PLACES)
 
 
 def _dimensions(by: str) -> frozenset[Dimension]:

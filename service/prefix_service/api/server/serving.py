@@ -16,7 +16,6 @@ from fastapi import FastAPI
 from prefix_service.api.server.accepting import Acceptor
 from prefix_service.api.server.connections import KEEP_ALIVE
 from prefix_service.api.server.protocols import connection_class
-from prefix_service.api.state import State
 from prefix_service.catalog.records import Principal
 from prefix_service.settings import Settings
 
@@ -81,8 +80,8 @@ class Server(uvicorn.Server):
             await super().shutdown(sockets)
 
     def _remembered(self, header: bytes) -> Principal | None:
-        state: State = self._app.state.prefix_service
-        return state.authenticator.remembered(header)
+        found: Principal | None = self._app.state.prefix_service.authenticator.remembered(header)
+        return found
 
     def _protocol(self) -> asyncio.Protocol:
         uvicorn_s = {"config": self.config, "server_state": self.server_state, "app_state": self.lifespan.state}

@@ -15,7 +15,6 @@ import typer
 
 from prefix_service.cli.completion import complete_adapter
 from prefix_service.cli.console import (
-    human_bytes,
     human_time,
     print_fields,
     print_json,
@@ -38,6 +37,7 @@ from prefix_service.cli.options import (
     own_tenant,
 )
 from prefix_service.errors import InvalidRequest, NotFound
+from prefix_service.system.sizes import human_bytes
 
 if TYPE_CHECKING:
     from prefix_service.client import PrefixClient

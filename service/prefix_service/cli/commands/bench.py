@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, cast
 
 import typer
 
-from prefix_service.cli.console import human_bytes, print_json, print_table, working
+from prefix_service.cli.console import print_json, print_table, working
 from prefix_service.cli.options import DEFAULT_URL, ApiKey, Json, Ref, Url, address, connect
 from prefix_service.prefix.references import parse_qualified
 from prefix_service.prefix.variant import KVDtype
+from prefix_service.system.sizes import human_bytes
 
 if TYPE_CHECKING:
     from prefix_service.client import Prefix, PrefixClient

@@ -1,5 +1,6 @@
 """`doctor`: what keeps this machine from working with its service, and what to do about it."""
 
+import contextlib
 import os
 import platform
 import stat
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import typer
 
 from prefix_service.cli.commands.serve import load_settings
-from prefix_service.cli.console import human_bytes, print_json, print_table, say, working
+from prefix_service.cli.console import print_json, print_table, say, working
 from prefix_service.cli.folder_checks import Check, folder_checks
 from prefix_service.cli.options import DEFAULT_URL, MAKE_A_KEY, ApiKey, Json, Url, address, chosen_socket, connect
 from prefix_service.errors import (
@@ -26,6 +27,7 @@ from prefix_service.errors import (
     PrefixServiceError,
     Unauthenticated,
 )
+from prefix_service.system.sizes import human_bytes
 
 if TYPE_CHECKING:
     pass
@@ -47,7 +49,7 @@ def doctor(url: Url = DEFAULT_URL, api_key: ApiKey = None, as_json: Json = False
     while the service is away. Exit status 1 if a check failed; a warning is none.
     """
     with working("looking"):
-        here = folder_checks(Path(os.environ.get("PREFIX_DATA_DIR", "data")), os.geteuid())
+        here = folder_checks(Path(os.environ.get("PREFIX_DATA_DIR", "data")), os.geteuid(), _catalog_url())
         checks = [*_of_service(url, api_key), _settings(), *here, _device()]
     has_failed = any(check.state == "failed" for check in checks)
     if as_json:
@@ -169,6 +171,16 @@ def _settings() -> Check:
         return Check("settings", "failed", str(error), "correct or unset that variable")
     given = sorted(name for name in os.environ if name.startswith("PREFIX_"))
     return Check("settings", "ok", ", ".join(given) or "no PREFIX_… variable is set")
+
+
+def _catalog_url() -> str | None:
+    """Returns the URL of the catalog that `serve` would take here; None without one, or if the settings are wrong."""
+    if "PREFIX_CATALOG_URL" not in os.environ:
+        return None
+    with contextlib.suppress(ModuleNotFoundError, InvalidInput):
+        url = load_settings({}).catalog_url
+        return None if url is None else url.get_secret_value()
+    return None
 
 
 def _device() -> Check:

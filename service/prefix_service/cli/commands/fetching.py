@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, get_args
 import typer
 from rich.progress import Progress
 
-from prefix_service.cli.console import errors_console, human_bytes, print_json, print_table, say
+from prefix_service.cli.console import errors_console, print_json, print_table, say
 from prefix_service.cli.files import check_output, written
 from prefix_service.cli.options import DEFAULT_URL, ApiKey, Json, Ref, Url, connect
 from prefix_service.errors import Conflict, InvalidRequest, InvalidResponse, StorageFailed
 from prefix_service.prefix.file_names import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from prefix_service.prefix.variant import KVDtype
+from prefix_service.system.sizes import human_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor

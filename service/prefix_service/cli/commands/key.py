@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from prefix_service.catalog.tenants import Tenants
     from prefix_service.client import PrefixClient
 
-key_app = typer.Typer(help="Make, list, rotate and revoke keys. --data-dir works on a stopped service's folder.")
+key_app = typer.Typer(help="Make, list, rotate and revoke keys. --data-dir works on the catalog without a service.")
 
 Scope: TypeAlias = Literal["metrics", "read", "write", "admin"]
 KeyId = Annotated[str, typer.Argument(metavar="ID", help="The id that `key list` shows.")]
@@ -142,7 +142,8 @@ class _Asked:
     tenant: Annotated[str | None, typer.Option("--tenant", help="The tenant that the key belongs to.")] = None
     platform: Annotated[bool, typer.Option("--platform", help="A key of the platform, for all tenants.")] = False
     data_dir: Annotated[
-        Path | None, typer.Option("--data-dir", help="Work on the data folder of a stopped service instead.")
+        Path | None,
+        typer.Option("--data-dir", help="Work without a service: on this folder, or the catalog that is set for it."),
     ] = None
     url: Url = DEFAULT_URL
     api_key: ApiKey = None

@@ -12,7 +12,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, wrap_file
 
 from prefix_service.cli.completion import complete_adapter
-from prefix_service.cli.console import complain, error_line, errors_console, human_bytes, note, print_json, say
+from prefix_service.cli.console import complain, error_line, errors_console, note, print_json, say
 from prefix_service.cli.options import DEFAULT_URL, ApiKey, Json, Url, connect
 from prefix_service.errors import (
     Conflict,
@@ -25,6 +25,7 @@ from prefix_service.errors import (
 )
 from prefix_service.prefix.file_names import CONFIG_NAME
 from prefix_service.prefix.references import check_name
+from prefix_service.system.sizes import human_bytes
 
 if TYPE_CHECKING:
     from prefix_service.client import PrefixClient

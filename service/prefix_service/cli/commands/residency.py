@@ -6,8 +6,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from prefix_service.cli.console import human_bytes, print_json, print_table, report, say, used_of, working
+from prefix_service.cli.console import print_json, print_table, report, say, used_of, working
 from prefix_service.cli.options import DEFAULT_URL, ApiKey, Json, Ref, Url, connect
+from prefix_service.system.sizes import human_bytes
 
 
 class _ShowByDefault(TyperGroup):

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prefix_service.cli.console import errors_console, human_bytes, print_json, say
+from prefix_service.cli.console import errors_console, print_json, say
 from prefix_service.cli.files import check_output, written
 from prefix_service.cli.options import Json
 from prefix_service.errors import InvalidInput
+from prefix_service.system.sizes import human_bytes
 
 if TYPE_CHECKING:
     from prefix_service.settings import Settings
@@ -70,7 +71,7 @@ def load_settings(chosen: dict[str, Any]) -> "Settings":
     """
     from pydantic import ValidationError
 
-    from prefix_service.settings import Settings
+    from prefix_service.settings import Settings, is_secret
 
     # As environment variables, so that worker processes read the same.
     for name, value in chosen.items():
@@ -81,8 +82,11 @@ def load_settings(chosen: dict[str, Any]) -> "Settings":
     except ValidationError as error:
         first = error.errors()[0]
         reason = first["msg"].removeprefix("Value error, ")
-        where = f"PREFIX_{str(first['loc'][0]).upper()}: {reason}, got {first['input']!r}" if first["loc"] else reason
-        raise InvalidInput(where) from error
+        if not first["loc"]:
+            raise InvalidInput(reason) from error
+        name = str(first["loc"][0])
+        got = "" if is_secret(name) else f", got {first['input']!r}"
+        raise InvalidInput(f"PREFIX_{name.upper()}: {reason}{got}") from error
 
 
 def backup(

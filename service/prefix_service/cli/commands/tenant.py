@@ -5,18 +5,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from prefix_service.cli.console import (
-    human_bytes,
-    human_time,
-    print_fields,
-    print_json,
-    print_table,
-    report,
-    used_of,
-)
+from prefix_service.cli.console import human_time, print_fields, print_json, print_table, report, used_of
 from prefix_service.cli.options import DEFAULT_URL, ApiKey, Json, Url, Yes, confirm, connect, own_tenant
 from prefix_service.errors import InvalidInput, NotFound
-from prefix_service.system.sizes import parse_bytes
+from prefix_service.system.sizes import human_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from prefix_service.client import PrefixClient

@@ -5,9 +5,10 @@ from typing import Annotated, Any
 
 import typer
 
-from prefix_service.cli.console import human_bytes, human_time, print_json, print_table
+from prefix_service.cli.console import human_time, print_json, print_table
 from prefix_service.cli.moments import parse_past
 from prefix_service.cli.options import DEFAULT_URL, ApiKey, Json, Url, connect, own_tenant
+from prefix_service.system.sizes import human_bytes
 
 
 def register(app: typer.Typer) -> None:

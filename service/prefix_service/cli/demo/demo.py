@@ -13,10 +13,11 @@ from typing import Any, Final
 from rich.console import Console
 
 from prefix_service.checkpoints.sources import prepare_upload
-from prefix_service.cli.console import human_bytes, print_json, print_table, say
+from prefix_service.cli.console import print_json, print_table, say
 from prefix_service.cli.demo.embedded import Embedded, embedded_service
 from prefix_service.cli.demo.model import HOW_TO_GET_IT, LanguageModel, find_model, load_model
 from prefix_service.client import Prefix, PrefixClient
+from prefix_service.system.sizes import human_bytes
 
 _FOLDER: Final = Path(__file__).parent
 _TENANT: Final = "demo"

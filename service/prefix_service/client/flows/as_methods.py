@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar, get_args
 
-from prefix_service.client.flows.flows import Flow
+from prefix_service.client.protocol import Flow
 
 T = TypeVar("T")
 P = ParamSpec("P")

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final, Protocol
 
 from prefix_service.client import options
 from prefix_service.client.flows import flows, listing, many, resolving
-from prefix_service.client.flows.flows import Flow, Reading
+from prefix_service.client.flows.flows import Reading
 from prefix_service.client.flows.resolving import ResolvedVersion
-from prefix_service.client.protocol import Progress, Together
+from prefix_service.client.protocol import Flow, Progress, Together
 from prefix_service.errors import PrefixServiceError
 from prefix_service.prefix.fingerprint import Fingerprint
 from prefix_service.prefix.ranks import Rank
@@ -19,7 +19,7 @@ from prefix_service.prefix.variant import KVDtype, Span
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prefix_service.client.prefixes.float8 import Float8Error
+    from prefix_service.client.prefixes.float8_error import Float8Error
     from prefix_service.client.prefixes.mixed import MixedPrefix
     from prefix_service.client.prefixes.prefix import Prefix
 

@@ -4,11 +4,11 @@
 """
 
 import logging
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Final, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from prefix_service.client.cache.cache import Cached, LocalCache
 from prefix_service.client.cache.disk_cache import DiskCache, Entry
@@ -17,18 +17,15 @@ from prefix_service.client.flows.question import Question, require_version
 from prefix_service.client.flows.service_state import ServiceState
 from prefix_service.client.flows.watched import Watched
 from prefix_service.client.options import PrefixOptions, json_bytes
-from prefix_service.client.protocol import Answer, Progress, Request, Step, Work, adapter_path, check_digest
+from prefix_service.client.protocol import Answer, Flow, Progress, Request, Work, adapter_path, check_digest
 from prefix_service.errors import InvalidRequest, InvalidResponse, PrefixServiceError
 from prefix_service.prefix.file_names import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from prefix_service.prefix.references import Reference, parse_qualified
 
 if TYPE_CHECKING:
     from prefix_service.checkpoints.sources import Upload
-    from prefix_service.client.prefixes.float8 import Float8Error
+    from prefix_service.client.prefixes.float8_error import Float8Error
     from prefix_service.client.prefixes.prefix import Prefix
-
-T = TypeVar("T")
-Flow = Generator[Step, Any, T]
 
 _QUICKLY_COPIED: Final = 2 << 20  # bytes that an event loop may copy between two turns
 
@@ -132,7 +129,7 @@ def float8_error(reading: Reading, reference: str) -> "Flow[Float8Error]":
     found: Prefix = yield from shared(reading, same, {"dtype": "float8_e4m3fn"})
 
     def compared() -> "Float8Error":
-        from prefix_service.client.prefixes.float8 import float8_error
+        from prefix_service.client.prefixes.float8_error import float8_error
 
         return float8_error(exact, found)
 

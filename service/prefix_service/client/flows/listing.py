@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Final
 
-from prefix_service.client.flows.flows import Flow
-from prefix_service.client.protocol import Answer, Request, adapter_path, tenant_path
+from prefix_service.client.protocol import Answer, Flow, Request, adapter_path, tenant_path
 from prefix_service.errors import InvalidResponse
 
 _PAGE: Final = 1000  # the most items of one answer

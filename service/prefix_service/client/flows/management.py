@@ -13,9 +13,9 @@ from email.utils import parsedate_to_datetime
 from typing import Any, Final
 
 from prefix_service.client.flows import listing
-from prefix_service.client.flows.flows import Flow, adapter_alone
+from prefix_service.client.flows.flows import adapter_alone
 from prefix_service.client.flows.listing import Item, pages
-from prefix_service.client.protocol import Answer, Buffer, Request, adapter_path, tenant_path
+from prefix_service.client.protocol import Answer, Buffer, Flow, Request, adapter_path, tenant_path
 from prefix_service.errors import InvalidRequest, InvalidResponse, NotFound
 from prefix_service.prefix.references import check_alias, parse_qualified
 

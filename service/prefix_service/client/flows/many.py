@@ -11,9 +11,9 @@ from prefix_service.prefix.references import parse_qualified
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prefix_service.client.flows.flows import Flow
     from prefix_service.client.prefixes.mixed import MixedPrefix
     from prefix_service.client.prefixes.prefix import Prefix
+    from prefix_service.client.protocol import Flow
 
 Rows = Sequence[str | Sequence[str] | None]
 """One entry per row: `tenant/adapter@…`, a list of these (their prefixes are concatenated in order), or None."""

@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from prefix_service.client.flows import flows
-from prefix_service.client.flows.flows import Flow, Reading
-from prefix_service.client.protocol import Answer, Request, Together, adapter_path
+from prefix_service.client.flows.flows import Reading
+from prefix_service.client.protocol import Answer, Flow, Request, Together, adapter_path
 from prefix_service.errors import InvalidRequest, InvalidResponse, NotFound, PrefixServiceError
 from prefix_service.prefix.fingerprint import NO_FINGERPRINT, Fingerprint
 from prefix_service.prefix.references import parse_qualified

@@ -1,25 +1,20 @@
-"""Sends requests over the pool, and receives tensors: memory for the body, its digest on arrival, large bodies in
-ranges, and a mapping instead of a body on the same host.
+"""Receives tensors over pooled connections: memory for the body, its digest on arrival, large bodies in ranges, and a
+mapping instead of a body on the same host.
 """
 
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Any
 
 from prefix_service.client.protocol import Answer, BodyDigest, Fetch, Progress, Request, require_success, verifiable
 from prefix_service.client.transport.connection import Connection, connection_failed
 from prefix_service.client.transport.http1 import Head
+from prefix_service.client.transport.link import MOST_JSON, Observer, allocate_json
 from prefix_service.client.transport.pool import Exchanges, Interrupt
-from prefix_service.client.transport.link import Observer
 from prefix_service.client.transport.ranges import Changed, Pieces
 from prefix_service.client.transport.shared_memory import ACCEPTING_FILES, read_shared
-from prefix_service.errors import InvalidResponse
 from prefix_service.prefix.variant import SHARED_FILE_TYPE
 from prefix_service.prefix.wire.digests import Algorithm, Hasher, new_hasher
-
-_MOST_PROBLEM: Final = 1 << 20  # bytes of an error response
-MOST_JSON: Final = 32 << 20
-"""The most bytes of an answer without tensors."""
 
 
 class Fetcher:
@@ -129,18 +124,6 @@ class Fetcher:
     def close(self) -> None:
         """Closes every connection."""
         self._pool.close()
-
-
-def allocate_json(head: Head) -> memoryview:
-    """Returns memory for an answer without tensors.
-
-    Raises:
-        InvalidResponse: it is longer than any such answer of the service.
-    """
-    most = MOST_JSON if head.status < 300 else _MOST_PROBLEM
-    if head.length > most:
-        raise InvalidResponse(f"status {head.status} with {head.length} bytes, more than {most}: is the URL right?")
-    return memoryview(bytearray(head.length))
 
 
 class _ReceivedBody:

@@ -18,9 +18,8 @@ from prefix_service.client.protocol import Answer, Fetch, Request
 from prefix_service.client.transport.bodies import encoded
 from prefix_service.client.transport.connection import Connection, connection_failed
 from prefix_service.client.transport.dialling import time_left
-from prefix_service.client.transport.fetcher import MOST_JSON, allocate_json
 from prefix_service.client.transport.http1 import Head, declared_length
-from prefix_service.client.transport.link import MOST_UNDECLARED
+from prefix_service.client.transport.link import MOST_JSON, MOST_UNDECLARED, allocate_json
 from prefix_service.errors import InvalidRequest, InvalidResponse
 
 _FAILURES: Final = (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, OSError)

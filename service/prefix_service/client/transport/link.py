@@ -17,6 +17,7 @@ from typing import Final, TypeVar
 
 from prefix_service.client.transport.dialling import time_left
 from prefix_service.client.transport.http1 import MAX_HEAD, Head, read_carefully, read_plain
+from prefix_service.errors import InvalidResponse
 
 T = TypeVar("T")
 
@@ -26,11 +27,27 @@ _OBSERVED_AT_ONCE: Final = 256 << 10  # bytes that are still in the processor's 
 MOST_UNDECLARED: Final = 1 << 30
 """The most bytes of a body that does not declare its length."""
 
+MOST_JSON: Final = 32 << 20
+"""The most bytes of an answer without tensors."""
+_MOST_PROBLEM: Final = 1 << 20  # bytes of an error response
+
 AllocateBody = Callable[[Head], memoryview]
 """Allocates the memory of a body, as many bytes as the length in its answer's head."""
 
 Observer = Callable[[memoryview], None]
 """Sees each piece of a body in order, once it is in memory."""
+
+
+def allocate_json(head: Head) -> memoryview:
+    """Returns memory for an answer without tensors.
+
+    Raises:
+        InvalidResponse: it is longer than any such answer of the service.
+    """
+    most = MOST_JSON if head.status < 300 else _MOST_PROBLEM
+    if head.length > most:
+        raise InvalidResponse(f"status {head.status} with {head.length} bytes, more than {most}: is the URL right?")
+    return memoryview(bytearray(head.length))
 
 
 class Wait(Enum):

@@ -14,9 +14,9 @@ from prefix_service.client.protocol import Request
 from prefix_service.client.transport.connection import Connection
 from prefix_service.client.transport.dialling import resolved, several
 from prefix_service.client.transport.http1 import Head
+from prefix_service.client.transport.link import MOST_UNDECLARED, AllocateBody, Observer
 from prefix_service.client.transport.pool import Exchanges, Interrupt, Pool
 from prefix_service.client.transport.pools import Pools
-from prefix_service.client.transport.link import MOST_UNDECLARED, AllocateBody, Observer
 
 _FRESH: Final = 30.0  # seconds between two looks
 _PATIENCE: Final = 5.0  # seconds of a look

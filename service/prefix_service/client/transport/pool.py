@@ -1,4 +1,4 @@
-"""The fast path for requests and answers: persistent connections, and bodies received into memory that is allocated
+"""The pool of persistent connections to one service, over which bodies are received into memory that is allocated
 once.
 
 httpx delivers a body in small pieces, each a copy, at a third of the speed, and has no deadline for a whole request.
@@ -278,7 +278,7 @@ class Pool:
             raise
 
     def _dial_prepared(self, until: float) -> Link:
-        import prefix_service.client.flows.decode  # noqa: F401 - imports torch, which would hold up the event loop at the first answer
+        import prefix_service.prefix.wire.received  # noqa: F401 - imports torch, which would hold up the event loop at the first answer
 
         return Link(self.connection.dial(until))
 

@@ -20,8 +20,8 @@ from prefix_service.client.transport.connection import Connection, NotConnected
 from prefix_service.client.transport.dialling import time_left
 from prefix_service.client.transport.hedging import Hedging
 from prefix_service.client.transport.http1 import Head
-from prefix_service.client.transport.pool import Interrupt, Pool
 from prefix_service.client.transport.link import MOST_UNDECLARED, AllocateBody, Observer
+from prefix_service.client.transport.pool import Interrupt, Pool
 
 _FIRST_ABSENCE: Final = 1.0  # seconds that an address counts as away after one failure; each further one doubles it
 _LONGEST_ABSENCE: Final = 30.0

@@ -7,8 +7,8 @@ from typing import Final
 
 from prefix_service.client.protocol import Request
 from prefix_service.client.transport.http1 import Head
-from prefix_service.client.transport.pool import Exchanges, Interrupt
 from prefix_service.client.transport.link import AllocateBody, Observer
+from prefix_service.client.transport.pool import Exchanges, Interrupt
 
 PIECE: Final = 32 << 20
 """Bytes of a range; a larger body is received as several ranges."""

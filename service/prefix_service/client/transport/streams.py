@@ -10,8 +10,8 @@ from typing import Any, Final
 from prefix_service.client.protocol import Answer, Request, require_success
 from prefix_service.client.transport.connection import connection_failed
 from prefix_service.client.transport.http1 import MAX_HEAD
-from prefix_service.client.transport.pool import Interrupt, Pool
 from prefix_service.client.transport.link import Link, carry_out
+from prefix_service.client.transport.pool import Interrupt, Pool
 from prefix_service.errors import InvalidResponse
 
 MEDIA_TYPE: Final = "text/event-stream"

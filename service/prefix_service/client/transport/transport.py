@@ -7,8 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Final
 
-from prefix_service.client.flows.flows import Flow, T
-from prefix_service.client.protocol import Answer, Fetch, Request, Step, Together, Work, require_success
+from prefix_service.client.protocol import Answer, Fetch, Flow, Request, Step, T, Together, Work, require_success
 from prefix_service.client.transport.connection import connection_failed
 from prefix_service.client.transport.dialling import time_left
 from prefix_service.client.transport.fetcher import Fetcher

@@ -25,14 +25,14 @@ def __getattr__(name: str) -> Any:
         ImportError: vLLM is missing, or is not a version that this was built for.
     """
     if name == "PrefixConnector":
-        from prefix_service.client.vllm.versions import require_vllm
+        from prefix_service.client.vllm.supported_versions import require_vllm
 
         require_vllm()
         from prefix_service.client.vllm.connector import PrefixConnector
 
         return PrefixConnector
     if name == "MultiConnector":
-        from prefix_service.client.vllm.versions import require_vllm
+        from prefix_service.client.vllm.supported_versions import require_vllm
 
         require_vllm()
         from prefix_service.client.vllm.partners import MultiConnector

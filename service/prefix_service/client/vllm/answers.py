@@ -8,9 +8,9 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 from prefix_service.client.vllm.bodies import Message
+from prefix_service.client.vllm.composition import Composition
 from prefix_service.client.vllm.failures import status_of
 from prefix_service.client.vllm.requests import CONTAINER
-from prefix_service.client.vllm.resolver import Composition
 from prefix_service.errors import PrefixServiceError, Unavailable
 
 Send = Callable[[Message], Awaitable[None]]

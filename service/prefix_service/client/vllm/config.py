@@ -8,7 +8,6 @@ from typing import Any, Final, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
-from prefix_service.client.client import AsyncPrefixClient
 from prefix_service.errors import InvalidReference, InvalidRequest
 from prefix_service.prefix.references import parse_qualified
 
@@ -104,26 +103,6 @@ class ConnectorConfig(BaseModel):
             faults = [f"{'.'.join(map(str, one['loc'])) or 'it'}: {one['msg']}" for one in error.errors()]
             known = ", ".join(cls.model_fields)
             raise InvalidRequest(f"kv_connector_extra_config: {'; '.join(faults)}. It may have: {known}") from error
-
-    def client(self, key: str | None, cache_bytes: int) -> AsyncPrefixClient:
-        """Returns a client of the configured service.
-
-        Raises:
-            InvalidRequest: the URL is none.
-        """
-        return AsyncPrefixClient(
-            self.url,
-            key or "",  # None would read PREFIX_API_KEY, which `api_key_env` may have replaced
-            uds=self.uds,
-            ca_file=self.ca_file,
-            timeout=self.timeout,
-            cache_bytes=cache_bytes,
-            cache_dir=self.cache_dir,
-            cache_dir_bytes=self.cache_dir_bytes,
-            verify_digest=self.verify_digest,
-            connections=self.connections,
-            shared_memory=self.shared_memory,
-        )
 
     def api_key(self) -> str | None:
         """Returns the key that the file or the environment has now.

@@ -14,15 +14,14 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Final
 
+from prefix_service.client.vllm.composition import Composition, refuse_length
 from prefix_service.client.vllm.failures import raise_for, unpack
 from prefix_service.client.vllm.requests import (
     CONTAINER,
     PARAMETER,
     References,
-    refuse_length,
     refuse_sampling,
 )
-from prefix_service.client.vllm.resolver import Composition
 from prefix_service.errors import InvalidRequest
 
 

@@ -21,13 +21,14 @@ from prefix_service.client.vllm.bodies import (
     refuse_misplaced_outside,
     replay,
 )
-from prefix_service.client.vllm.catalogue import Catalogue, page_of
+from prefix_service.client.vllm.composition import Composition
 from prefix_service.client.vllm.config import ConnectorConfig
 from prefix_service.client.vllm.guard import ASKED, Asked, guard_engine, guard_models
 from prefix_service.client.vllm.model import Model
+from prefix_service.client.vllm.model_list import ModelList, page_of
 from prefix_service.client.vllm.names import DEFAULT, FIELD, MODEL, Named, Permissions, Served, adapters_named
 from prefix_service.client.vllm.requests import PARAMETER
-from prefix_service.client.vllm.resolver import Composition, Resolver
+from prefix_service.client.vllm.resolver import Resolver
 from prefix_service.client.vllm.source import Source
 from prefix_service.errors import InvalidInput, InvalidRequest, NotFound, PrefixServiceError, Unavailable
 
@@ -58,7 +59,7 @@ class _Service:
 
     resolver: Resolver
     permissions: Permissions
-    catalogue: Catalogue
+    model_list: ModelList
     model: Model
 
     @classmethod
@@ -71,11 +72,11 @@ class _Service:
         source, model = Source(config, config.cache_bytes), Model.of(vllm_config)
         permissions = Permissions(config, source)
         parent = models.base_model_paths[0].name if models is not None else ""
-        return cls(Resolver(source, model), permissions, Catalogue(source, permissions, model, parent), model)
+        return cls(Resolver(source, model), permissions, ModelList(source, permissions, model, parent), model)
 
     async def close(self) -> None:
         """Closes the connections."""
-        await self.catalogue.close()
+        await self.model_list.close()
         await self.resolver.close()
 
 
@@ -224,11 +225,11 @@ class PrefixMiddleware:
         name = _path_of(scope).removeprefix(_MODELS).removeprefix("/")
         field = MODEL if name else "limit"
         try:
-            catalogue = self._connected().catalogue
+            model_list = self._connected().model_list
             if name:
-                found = next((card for card in own if card["id"] == name), None) or await catalogue.card(name)
+                found = next((card for card in own if card["id"] == name), None) or await model_list.card(name)
             else:
-                found = page_of(own, await catalogue.cards(), scope.get("query_string", b"").decode("latin-1"))
+                found = page_of(own, await model_list.cards(), scope.get("query_string", b"").decode("latin-1"))
         except PrefixServiceError as error:
             await send_error(send, error, field)
             return

@@ -6,14 +6,11 @@ vLLM ignores a field that it does not know: it would answer a request with a mis
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from prefix_service.errors import InvalidRequest
 from prefix_service.prefix.mixed import MOST_IN_A_ROW
 from prefix_service.prefix.references import parse_qualified
-
-if TYPE_CHECKING:
-    from prefix_service.client.vllm.resolver import Composition
 
 References = tuple[str, ...]
 """The adapters of a request: one, or several whose prefixes follow each other in this order."""
@@ -240,20 +237,6 @@ def refuse_unservable(request: Any) -> None:
             "a prompt that comes in pieces": request.resumable,
         }
     )
-
-
-def refuse_length(composition: "Composition", prompt: int, max_length: int) -> None:
-    """Refuses a prompt of `prompt` tokens that leaves no room for an answer behind its prefixes.
-
-    Raises:
-        InvalidRequest: there is no room.
-    """
-    count = composition.num_virtual_tokens
-    if count + prompt >= max_length:
-        raise InvalidRequest(
-            f"{composition.name} has {count} virtual tokens: with the prompt's {prompt} there is no "
-            f"room for an answer in vLLM's max_model_len {max_length}"
-        )
 
 
 def _refuse(reasons: Mapping[str, bool]) -> None:

@@ -6,11 +6,12 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass
-from typing import Any, Final
+from typing import Final
 
 from prefix_service.client.vllm.background import all_of
+from prefix_service.client.vllm.composition import Composition, Version
 from prefix_service.client.vllm.model import Model
-from prefix_service.client.vllm.requests import PARAMETER, References
+from prefix_service.client.vllm.requests import References
 from prefix_service.client.vllm.source import Source
 from prefix_service.client.vllm.turns import Share, Turns
 from prefix_service.errors import ConnectionFailed, CorruptBlob, PrefixServiceError, Unavailable
@@ -21,61 +22,6 @@ _QUESTIONS: Final = 32  # in parallel
 _FRESH: Final = 1.0  # seconds in which an alias is not asked for again
 _PATIENCE: Final = 1.0  # seconds that a request waits for the service if the version of its adapter is remembered
 _MOST_REMEMBERED: Final = 10_000
-
-
-@dataclass(frozen=True, slots=True)
-class Version:
-    """The version that a reference means now; immutable, so that all ranks load the same bytes."""
-
-    tenant: str
-    adapter: str
-    number: int
-    digest: str
-    num_virtual_tokens: int
-
-    @property
-    def reference(self) -> str:
-        """Its immutable name."""
-        return f"{self.tenant}/{self.adapter}@{self.digest}"
-
-
-@dataclass(frozen=True, slots=True)
-class Composition:
-    """The versions that a request's references mean now, at least one, in the order of their prefixes."""
-
-    versions: tuple[Version, ...]
-
-    @property
-    def tenant(self) -> str:
-        """The tenant that the fetch of the bytes is charged to."""
-        return self.versions[0].tenant
-
-    @property
-    def references(self) -> References:
-        """The immutable names."""
-        return tuple(version.reference for version in self.versions)
-
-    @property
-    def name(self) -> str:
-        """The adapters and their versions, for people."""
-        return ", ".join(f"{version.adapter}@{version.number}" for version in self.versions)
-
-    @property
-    def num_virtual_tokens(self) -> int:
-        """The number of tokens of all prefixes."""
-        return sum(version.num_virtual_tokens for version in self.versions)
-
-    @property
-    def parameter(self) -> str | list[str]:
-        """The value of `prefix_adapter` that names exactly these versions."""
-        references = list(self.references)
-        return references if len(references) > 1 else references[0]
-
-    @property
-    def answer_parameters(self) -> dict[str, Any]:
-        """The `kv_transfer_params` of an answer."""
-        numbers = [version.number for version in self.versions]
-        return {PARAMETER: self.parameter, "prefix_version": numbers if len(numbers) > 1 else numbers[0]}
 
 
 class _Memory:

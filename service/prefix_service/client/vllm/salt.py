@@ -9,7 +9,7 @@ import hmac
 import json
 import secrets
 
-from prefix_service.client.vllm.resolver import Composition
+from prefix_service.client.vllm.composition import Composition
 
 
 class Salts:

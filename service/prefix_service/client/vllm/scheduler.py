@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from prefix_service.client.vllm.background import Background
+from prefix_service.client.vllm.composition import Composition, refuse_length
 from prefix_service.client.vllm.config import ConnectorConfig
 from prefix_service.client.vllm.failures import attach
 from prefix_service.client.vllm.model import Model
@@ -23,10 +24,9 @@ from prefix_service.client.vllm.requests import (
     References,
     adapters_asked,
     parameters_of,
-    refuse_length,
     refuse_unservable,
 )
-from prefix_service.client.vllm.resolver import Composition, Resolver
+from prefix_service.client.vllm.resolver import Resolver
 from prefix_service.client.vllm.salt import Salts
 from prefix_service.client.vllm.shelf import Load, Orders, Parcel, Reports, Shelf
 from prefix_service.client.vllm.tally import CACHE, Tally

@@ -29,9 +29,25 @@ class Source:
         self._config, self._cache_bytes = config, cache_bytes
         self.timeout = config.timeout
         self._key = config.api_key()
-        self._client = config.client(self._key, cache_bytes)
+        self._client = self._new_client()
         self._retired: list[AsyncPrefixClient] = []
         self._tenant: tuple[AsyncPrefixClient, asyncio.Task[str | None]] | None = None
+
+    def _new_client(self) -> AsyncPrefixClient:
+        config = self._config
+        return AsyncPrefixClient(
+            config.url,
+            self._key or "",  # None would read PREFIX_API_KEY, which `api_key_env` may have replaced
+            uds=config.uds,
+            ca_file=config.ca_file,
+            timeout=config.timeout,
+            cache_bytes=self._cache_bytes,
+            cache_dir=config.cache_dir,
+            cache_dir_bytes=config.cache_dir_bytes,
+            verify_digest=config.verify_digest,
+            connections=config.connections,
+            shared_memory=config.shared_memory,
+        )
 
     async def get(self, reference: str, **options: Any) -> "Prefix":
         """Returns a prefix as `AsyncPrefixClient.get` does. If the service does not know the key, `api_key_file` is
@@ -114,7 +130,8 @@ class Source:
                 return False
             if self._client is client and key != self._key:
                 self._retired.append(client)  # other calls may wait for its answers
-                self._key, self._client = key, self._config.client(key, self._cache_bytes)
+                self._key = key
+                self._client = self._new_client()
         return self._client is not client
 
     def forget(self) -> None:

@@ -5,7 +5,6 @@ CPython has no CRC-32C; AWS's common runtime is the fastest of the libraries tha
 """
 
 import base64
-import binascii
 import hashlib
 from collections.abc import Mapping
 from functools import lru_cache
@@ -103,7 +102,7 @@ def parse_digests(repr_digest: str) -> Mapping[Algorithm, bytes]:
                 continue
             try:
                 digest = base64.b64decode(value[1:-1], validate=True)
-            except binascii.Error:
+            except ValueError:  # also of characters that are not ASCII
                 continue
             if len(digest) == _LENGTHS[algorithm]:
                 found[algorithm] = digest

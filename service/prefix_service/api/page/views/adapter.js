@@ -11,6 +11,8 @@ import { snippets } from "./snippets.js";
 import { Timeline } from "./timeline.js";
 
 const HOUR = 3600e3; // milliseconds
+const MOST_USES = 20000;
+const MOST_READERS = 20;
 
 export default function Adapter({ names: [tenant, reference] }) {
   const name = reference.split("@")[0];
@@ -111,7 +113,7 @@ function ResidencyButtons({ path, state, onDone }) {
     onDone();
   };
   return html`${!state.resident && html`<${Act} run=${put(false)}>Load</${Act}>`}
-    ${!state.pinned && html`<${Act} run=${put(true)}>Pin</${Act}>`}
+    ${state.pinned ? html`<${Act} run=${put(false)}>Unpin</${Act}>` : html`<${Act} run=${put(true)}>Pin</${Act}>`}
     ${state.resident && html`<${Act} run=${unload}>Unload</${Act}>`}`;
 }
 
@@ -131,13 +133,29 @@ function Description({ path }) {
 function Used({ tenant, name }) {
   const first = Math.floor(Date.now() / HOUR) * HOUR - 23 * HOUR;
   const since = new Date(first).toISOString();
-  const parameters = { by: "version,key", since };
-  const [rows, error] = useLoaded(() => items(tenantPath(tenant, "usage"), parameters, 5000), [tenant, name]);
-  const mine = (rows || []).filter((row) => row.adapter === name);
+  const parameters = { adapter: name, by: "version,key", since };
+  const load = () => Promise.all([items(tenantPath(tenant, "usage"), parameters, MOST_USES), items(tenantPath(tenant, "keys"))]);
+  const [[rows, keys] = [], error] = useLoaded(load, [tenant, name]);
   return html`<section class="card"><h2>Last 24 hours</h2><${Failure} error=${error} />
-    ${mine.length === 0 ? html`<p class="soft">${rows ? "Nobody has read this adapter." : "Loading…"}</p>`
-      : html`<${Reads} rows=${mine} first=${first} />`}
+    ${!rows?.length ? html`<p class="soft">${rows ? "Nobody has read this adapter." : "Loading…"}</p>`
+      : html`<${Reads} rows=${rows} first=${first} /><${Readers} rows=${rows} keys=${keys} />`}
+    ${rows?.more && html`<p class="soft">The figures count only the first ${number(MOST_USES)} rows.</p>`}
     <p><a href="#/usage">All usage</a></p></section>`;
+}
+
+// Who reads it: each key with its name, the busiest first.
+function Readers({ rows, keys }) {
+  const names = new Map(keys.map((key) => [key.id, key.name]));
+  const nameOf = (key) => (key === "platform" ? "keys of the platform" : names.get(key) || "–");
+  const sums = [...Map.groupBy(rows, (row) => row.key)].map(([key, some]) => ({
+    key, requests: some.reduce((sum, row) => sum + row.requests, 0), last: some.at(-1).hour,
+  })).sort((a, b) => b.requests - a.requests);
+  return html`<h3>Who reads it</h3><div class="wide" tabindex="0" role="group"
+      aria-label="Who reads it"><table><thead><tr><th>Key</th><th class="wideonly">Id</th><th class="number">Requests</th>
+      <th>Last read</th></tr></thead>
+    <tbody>${sums.slice(0, MOST_READERS).map((sum) => html`<tr key=${sum.key}><td><${Text}>${nameOf(sum.key)}</${Text}></td>
+      <td class="mono wideonly">${sum.key}</td><td class="number">${number(sum.requests)}</td><td>${moment(sum.last)}</td></tr>`)}</tbody></table></div>
+    ${sums.length > MOST_READERS && html`<p class="soft">The table shows the busiest ${MOST_READERS} of ${number(sums.length)} keys.</p>`}`;
 }
 
 function Reads({ rows, first }) {
@@ -148,9 +166,9 @@ function Reads({ rows, first }) {
   return html`<${Chart} at=${at} lines=${[["requests an hour", perHour, number]]} />
     <div class="wide" tabindex="0" role="group"
       aria-label="Reads by version"><table><thead><tr><th>Version</th><th class="number">Requests</th><th class="number">Bytes</th>
-      <th class="number">Cold loads</th><th class="number">Keys that read it</th></tr></thead>
+      <th class="number wideonly">Cold loads</th><th class="number">Keys</th></tr></thead>
     <tbody>${[...versions].sort(([a], [b]) => b - a).map(([version, some]) => html`<tr><td>${version}</td>
       <td class="number">${number(total(some, "requests"))}</td><td class="number">${bytes(total(some, "bytes"))}</td>
-      <td class="number">${number(total(some, "cold_loads"))}</td>
+      <td class="number wideonly">${number(total(some, "cold_loads"))}</td>
       <td class="number">${new Set(some.map((row) => row.key)).size}</td></tr>`)}</tbody></table></div>`;
 }

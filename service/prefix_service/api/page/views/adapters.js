@@ -56,9 +56,9 @@ function OfTenant({ tenant, beside }) {
   };
   return html`<${Title} beside=${beside}>Adapters of ${tenant}</${Title}>
     <div class="row">
-      <label>Search by name<input type="search" onInput=${soon(setSearch)} placeholder="part of a name (press /)"
+      <label>Search by name<input type="search" onInput=${soon(setSearch)} placeholder="part of it (press /)"
         maxlength="64" /></label>
-      <label>Base model<input onInput=${soon(setModel)} placeholder="exactly, as in the config" /></label>
+      <label>Base model<input onInput=${soon(setModel)} placeholder="exact name" /></label>
       <label>Sort by<select value=${sort} onChange=${(event) => setSort(event.target.value)}>
         <option value="name">name</option><option value="-created">latest publication</option>
           <option value="-bytes">bytes</option></select></label>

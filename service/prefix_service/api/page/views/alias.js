@@ -1,9 +1,14 @@
 // Moving an alias: what changes, who still reads the old version, and the way back.
 import { html } from "../html.js";
-import { useState } from "../vendor/hooks.js";
+import { useEffect, useState } from "../vendor/hooks.js";
 import { call, get, items, may, tenantPath } from "../api.js";
-import { number, shortened } from "../format.js";
+import { clock, number, shortened } from "../format.js";
 import { Act, Dialog, Failure, say, Text, useLoaded } from "../parts.js";
+
+const HOUR = 3600e3; // milliseconds
+const REFRESH = 10e3; // milliseconds
+const MOST_USES = 20000;
+const PLATFORM = "platform"; // how a tenant's usage names every key of the platform
 
 // What differs between two configs: [name, before, after].
 export function differences(before, after) {
@@ -12,33 +17,32 @@ export function differences(before, after) {
   return names.map((name) => [name, written(before[name]), written(after[name])]).filter(([, old, now]) => old !== now);
 }
 
+// A dialog in two steps: what a move changes, and afterwards the way back, with who still reads the old version.
 export function MoveAlias({ tenant, name, alias, to, versions, onClose, onMoved }) {
+  const [moved, setMoved] = useState(null); // {alias, before, after}
+  const finish = (made) => {
+    setMoved(made);
+    onMoved();
+  };
+  const title = moved ? `${moved.alias} points at ${moved.after} now` : alias ? `Move ${alias}` : "New alias";
+  return html`<${Dialog} title=${title} onClose=${onClose}>${moved
+    ? html`<${Moved} tenant=${tenant} name=${name} ...${moved} onMoved=${onMoved} onClose=${onClose} />`
+    : html`<${Move} tenant=${tenant} name=${name} alias=${alias} to=${to} versions=${versions} onMoved=${finish} />`}</${Dialog}>`;
+}
+
+function Move({ tenant, name, alias, to, versions, onMoved }) {
   const current = versions.find((one) => one.aliases.includes(alias))?.version;
   const [called, setCalled] = useState(alias);
   const [target, setTarget] = useState(current === to.version ? String(versions.find((one) => one.version !== current)?.version ?? current) : String(to.version));
   const [preload, setPreload] = useState(true);
   const at = (version) => tenantPath(tenant, "adapters", `${name}@${version}`);
   const [pair, error] = useLoaded(() => Promise.all([current ? get(at(current)) : null, get(at(target))]), [target]);
-  const path = tenantPath(tenant, "adapters", name, "aliases", called);
   const move = async () => {
     const headers = current ? { "If-Match": `"${current}"` } : { "If-None-Match": "*" };
-    await call("PUT", path, { json: { version: Number(target), preload }, headers });
-    onClose();
-    onMoved();
-    const back = async () => {
-      try {
-        if (current) await call("PUT", path, { json: { version: current, preload: true }, headers: { "If-Match": `"${target}"` } });
-        else await call("DELETE", path, { headers: { "If-Match": `"${target}"` } });
-        say(current ? `${called} points at ${current} again` : `${called} is deleted again`);
-      } catch (found) {
-        say(found.message, null, "bad");
-      }
-      onMoved();
-    };
-    say(`${called} points at ${target} now${await readers(tenant, name, current, Number(target))}`, { label: "Roll back", run: back });
+    await call("PUT", aliasPath(tenant, name, called), { json: { version: Number(target), preload }, headers });
+    onMoved({ alias: called, before: current ?? null, after: Number(target) });
   };
-  return html`<${Dialog} title=${alias ? `Move ${alias}` : "New alias"} onClose=${onClose}>
-    <form class="stack" method="dialog">
+  return html`<form class="stack" method="dialog">
     ${!alias && html`<label>Name<input value=${called} onInput=${(event) => setCalled(event.target.value.trim())}
       placeholder="prod" maxlength="64" /></label>`}
     <label>${current ? `From version ${current} to` : "Version"}<select value=${target}
@@ -48,9 +52,35 @@ export function MoveAlias({ tenant, name, alias, to, versions, onClose, onMoved 
       onChange=${(event) => setPreload(event.target.checked)} />Load the version first, so that nobody waits for it</label>
     <${Failure} error=${error} />
     ${pair && pair[0] && html`<${Changes} before=${pair[0]} after=${pair[1]} />`}
+    ${current && current !== Number(target) && html`<${Readers} key=${target} tenant=${tenant} name=${name} before=${current} after=${Number(target)} />`}
     <div class="row"><${Act} class="main" disabled=${!called} run=${move}>${current ? "Move it" : "Make it"}</${Act}>
       <button>Cancel</button></div>
-  </form></${Dialog}>`;
+  </form>`;
+}
+
+function Moved({ tenant, name, alias, before, after, onMoved, onClose }) {
+  const back = async () => {
+    if (before === null) {
+      await call("DELETE", aliasPath(tenant, name, alias), { headers: { "If-Match": `"${after}"` } });
+      say(`${alias} is deleted again`);
+    } else say(`${alias} points at ${await rollBack(tenant, name, alias, after)} again`);
+    onClose();
+    onMoved();
+  };
+  return html`<form class="stack" method="dialog"><div class="row"><${Act} class="main" run=${back}>Roll back</${Act}>
+      <button>Keep it</button></div>
+    ${before && html`<${Readers} tenant=${tenant} name=${name} before=${before} after=${after} />`}</form>`;
+}
+
+const aliasPath = (tenant, name, alias) => tenantPath(tenant, "adapters", name, "aliases", alias);
+
+// Moves an alias that points at `from` to the version that it named before, as the service knows it; returns it.
+async function rollBack(tenant, name, alias, from) {
+  const path = aliasPath(tenant, name, alias);
+  const { previous } = await get(path);
+  if (previous === null) throw new Error(`The service knows of no version that ${alias} named before ${from}.`);
+  await call("PUT", path, { json: { version: previous, preload: true }, headers: { "If-Match": `"${from}"` } });
+  return previous;
 }
 
 function Changes({ before, after }) {
@@ -68,16 +98,21 @@ export function Differences({ found, before, after }) {
       <bdi>${shortened(old)}</bdi></td><td><bdi>${shortened(now)}</bdi></td></tr>`)}</tbody></table></div>`;
 }
 
-// How many keys have read the old version in the last hour and not yet the new one, in words; only an admin sees it.
-async function readers(tenant, name, before, after) {
-  if (!before || !may("admin")) return "";
-  try {
-    const since = new Date(Date.now() - 3600e3).toISOString();
-    const rows = (await items(tenantPath(tenant, "usage"), { by: "version,key", since }, 5000)).filter((row) => row.adapter === name);
-    const keys = (version) => new Set(rows.filter((row) => row.version === version).map((row) => row.key));
-    const count = keys(before).difference(keys(after)).size;
-    return `; ${number(count)} ${count === 1 ? "key" : "keys"} read version ${before} in the last hour and not yet this one`;
-  } catch {
-    return "";
-  }
+// How many keys have read the old version in the last hour and not yet the new one; only an admin may know.
+function Readers({ tenant, name, before, after }) {
+  const since = Math.floor(Date.now() / HOUR - 1) * HOUR;
+  const load = () => (may("admin") ? items(tenantPath(tenant, "usage"), { adapter: name, by: "version,key", since: new Date(since).toISOString() }, MOST_USES) : Promise.resolve(null));
+  const [rows, error, again] = useLoaded(load, []);
+  useEffect(() => {
+    const timer = setInterval(again, REFRESH);
+    return () => clearInterval(timer);
+  }, []);
+  if (!may("admin")) return html`<p class="soft">A key of scope admin would see who reads version ${before}.</p>`;
+  if (!rows) return error ? html`<${Failure} error=${error} />` : html`<p class="soft">Loading…</p>`;
+  const keys = (version) => new Set(rows.filter((row) => row.version === version).map((row) => row.key));
+  const [old, fresh] = [keys(before), keys(after)];
+  const count = old.difference(fresh).size;
+  return html`<p role="status"><b>${rows.more ? "At least " : ""}${number(count)} ${count === 1 ? "key" : "keys"}</b> ${count === 1 ? "has" : "have"} read version ${before} in the last hour
+    (from ${clock(since / 1000)} on) and not yet version ${after}.${old.has(PLATFORM) ? " All keys of the platform count as one." : ""}
+    <span class="soft"> The service records reads within a minute.</span></p>`;
 }

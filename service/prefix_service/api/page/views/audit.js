@@ -30,11 +30,12 @@ export default function Audit({ names: [wanted] }) {
         <option value="">everything</option>${actions.map((one) => html`<option>${one}</option>`)}</select></label>
         </div>`}
     <${Failure} error=${error} />
-    <div class="card wide"><table><thead><tr><th>When</th><th>Action</th><th>Target</th><th>Actor</th>
+    <div class="card wide"><table><thead><tr><th>When</th><th>Action</th><th>Target</th><th class="wideonly">Actor</th>
       <th class="wideonly">Details</th></tr></thead>
       <tbody>${shown.slice(0, 1000).map((entry) => html`<tr key=${entry.id}><td><a href="#/audit/${entry.id}">
         ${moment(entry.at)}</a></td><td>${entry.action}</td>
-        <td><${Text}>${entry.target}</${Text}></td><td><${Text}>${entry.actor}</${Text}>
+        <td><${Text}>${entry.target}</${Text}><div class="soft narrowonly">by${" "}<${Text}>${entry.actor}</${Text}></div></td>
+        <td class="wideonly"><${Text}>${entry.actor}</${Text}>
           <div class="soft mono">${entry.key_id}</div></td>
         <td class="mono wideonly">${Object.entries(entry.details).map(([key, value]) => html`<div>${key}: <bdi>
           ${visible(JSON.stringify(value)).slice(0, 200)}</bdi></div>`)}</td></tr>`)}</tbody></table>

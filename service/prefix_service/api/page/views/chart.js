@@ -1,7 +1,7 @@
 // Curves over time, drawn by uPlot, which is loaded when the first one is shown.
 import { html } from "../html.js";
 import { useEffect, useRef } from "../vendor/hooks.js";
-import { inUtc } from "../format.js";
+import { clock } from "../format.js";
 
 const SHORTEST = 600; // seconds that a chart shows at least
 let loading = null;
@@ -55,11 +55,6 @@ export function Chart({ at, lines }) {
   });
   const words = lines.map(([name, values, write]) => `${name}: ${write(values.findLast((value) => value != null))}`);
   return html`<div class="chart" ref=${place} role="img" aria-label=${`Last hour; now ${words.join(", ")}`}></div>`;
-}
-
-function clock(at) {
-  const text = inUtc.value ? new Date(at * 1000).toISOString().slice(11, 19) : new Date(at * 1000).toTimeString().slice(0, 8);
-  return text.endsWith(":00") ? text.slice(0, 5) : text;
 }
 
 const size = (element) => ({ width: element.clientWidth, height: element.clientHeight - 28 });

@@ -14,35 +14,65 @@ const REASONS = {
 };
 
 export default function Residency() {
-  const [data, error, reload] = useLoaded(() => get(`v1/residency${query({ limit: MOST })}`), []);
-  const [chosen, setChosen] = useState(null);
-  if (!data) return html`<${Title}>Memory</${Title}><${Failure} error=${error} retry=${reload} />`;
-  const known = data.resident.find((one) => chosen && one.digest === chosen.digest && one.tenant === chosen.tenant && one.adapter === chosen.adapter);
+  const load = () => Promise.all([get(`v1/residency${query({ limit: MOST })}`), get("v1/residency/advice")]);
+  const [found, error, reload] = useLoaded(load, []);
+  const [chosen, setChosen] = useState(null); // the name of a version
+  if (!found) return html`<${Title}>Memory</${Title}><${Failure} error=${error} retry=${reload} />`;
+  const [data, advice] = found;
+  const one = data.resident.find((other) => nameOf(other) === chosen);
   return html`<${Title} beside=${html`<button type="button" onClick=${reload}>Refresh</button>`}>Memory</${Title}>
     <${Failure} error=${error} />
-    ${advice(data).map((text) => html`<div class="notice warn">${text}</div>`)}
-    <div class="two">${data.tiers.map((tier) => html`<div class="card"><h2>${TIERS[tier.name] || tier.name}</h2>
-      <${BytesGauge} used=${tier.used} most=${tier.budget} what=${TIERS[tier.name]} />
-      <p class="soft">${number(tier.entries)} in memory on ${tier.place}, ${bytes(tier.pinned)} pinned; hit ratio ${percent(tier.hits / (tier.hits + tier.misses))}; ${number(tier.evictions)} evicted
-        since the service started</p></div>`)}</div>
-    <section class="card"><h2>By tenant and adapter</h2>${data.resident.length === 0
-      ? html`<p class="soft">No version is in memory yet: the service loads a version at its first request.</p>`
-      : html`<${Map_} resident=${data.resident} chosen=${known} onChoose=${setChosen} />
-        <p class="soft">The area of a box is the version's bytes on the device and in host memory; hatched boxes are pinned. ${data.next ? `The map shows the largest ${MOST}.` : ""}
-        The numbers are those of the worker process that answered; each worker has its own.</p>`}</section>
-    ${known && html`<${One} one=${known} onDone=${reload} />`}
+    ${advice.items.map((item) => html`<${Advice} item=${item} onChoose=${setChosen} />`)}
+    <div class="two">${data.tiers.map((tier) => html`<${Budget} tier=${tier} resident=${data.resident} chosen=${chosen}
+      onChoose=${setChosen} />`)}</div>
+    <p class="soft">${data.resident.length === 0 ? "No version is in memory yet: the service loads a version at its first request." : "The area of a box is its bytes; tenants have colors, and hatched boxes are pinned. Choose a box to pin or unload its version."}
+      ${data.next ? ` The maps show the largest ${number(MOST)} versions.` : ""} The numbers are those of the worker process that answered; each worker has its own.</p>
+    ${one && html`<${One} one=${one} onDone=${reload} />`}
     <${Evicted} evicted=${data.evicted} />
     ${data.resident.length > 0 && html`<section class="card"><h2>Versions in memory</h2><div class="wide" tabindex="0" role="group"
       aria-label="Versions in memory"><table>
       <thead><tr><th>Version</th><th class="number">Device</th><th class="number">Host</th>
-        <th class="number">Lookups</th><th>Why it stays</th></tr></thead>
-      <tbody>${data.resident.slice(0, 200).map((one) => html`<tr><td><button class="link" type="button"
-        onClick=${() => setChosen(one)}>
-        <${Text}>${nameOf(one)}</${Text}></button></td><td class="number">${bytes(one.device_bytes)}</td>
-          <td class="number">${bytes(one.host_bytes)}</td>
-        <td class="number">${number(one.uses)}</td><td>${REASONS[one.reason] || one.reason}</td></tr>`)}</tbody></table>
+        <th class="number wideonly">Lookups</th><th class="wideonly">Why it stays</th></tr></thead>
+      <tbody>${data.resident.slice(0, 200).map((other) => html`<tr><td><button class="link" type="button"
+        onClick=${() => setChosen(nameOf(other))}>
+        <${Text}>${nameOf(other)}</${Text}></button></td><td class="number">${bytes(other.device_bytes)}</td>
+          <td class="number">${bytes(other.host_bytes)}</td>
+        <td class="number wideonly">${number(other.uses)}</td><td class="wideonly">${REASONS[other.reason] || other.reason}</td></tr>`)}</tbody></table>
           </div></section>`}`;
 }
+
+// What the service advises, with the versions that it names.
+function Advice({ item, onChoose }) {
+  const shown = item.versions.slice(0, 10);
+  return html`<div class="notice warn">${item.text}${shown.length > 0 && html`<div class="row">
+    ${shown.map((version) => html`<button class="link" type="button" onClick=${() => onChoose(nameOf(version))}>
+      <${Text}>${nameOf(version)}</${Text}></button>`)}
+    ${item.versions.length > shown.length ? html`<span>and ${number(item.versions.length - shown.length)} more</span>` : ""}</div>`}</div>`;
+}
+
+function Budget({ tier, resident, chosen, onChoose }) {
+  const lookups = tier.hits + tier.misses;
+  const title = TIERS[tier.name] || tier.name;
+  const forms = resident.flatMap(FORMS[tier.name] || (() => []));
+  return html`<section class="card"><h2>${title}</h2>
+    <${BytesGauge} used=${tier.used} most=${tier.budget} what=${title} />
+    <p class="soft">${number(tier.entries)} in memory on ${tier.place}, ${bytes(tier.pinned)} pinned; hit ratio ${percent(tier.hits / lookups)}; ${number(tier.evictions)} evicted
+      since the service started</p>
+    ${forms.length > 0 && html`<${TreeMap} title=${title} forms=${forms} chosen=${chosen} onChoose=${onChoose} />`}</section>`;
+}
+
+// The forms in which a version is in a tier: {tenant, adapter, name, words, size, pinned}.
+const FORMS = {
+  device: (one) => (one.device_bytes ? [{ ...one, name: nameOf(one), words: "", size: one.device_bytes }] : []),
+  host: (one) => {
+    const shown = one.largest_renderings.map((form) => ({ words: wordsOf(form), size: form.nbytes }));
+    const rest = one.host_bytes - shown.reduce((all, form) => all + form.size, 0);
+    const all = rest > 0 ? [...shown, { words: `${number(one.renderings - shown.length)} smaller ones`, size: rest }] : shown;
+    return all.map((form) => ({ ...one, ...form, name: nameOf(one), pinned: false }));
+  },
+};
+
+const wordsOf = (form) => `${form.dtype}, layers ${form.layers}, heads ${form.kv_heads}`;
 
 // What left memory, the newest first, and why it was the one.
 function Evicted({ evicted }) {
@@ -62,21 +92,6 @@ function Evicted({ evicted }) {
 }
 
 const nameOf = (one) => `${one.tenant}/${one.adapter}@${one.version}`;
-const size = (one) => one.device_bytes + one.host_bytes;
-const total = (list) => list.reduce((all, one) => all + size(one), 0);
-
-// What to do, in words.
-export function advice(data) {
-  const found = [];
-  const unread = data.resident.filter((one) => one.pinned && one.uses === 0);
-  if (unread.length) found.push(`${number(unread.length)} pinned ${unread.length === 1 ? "version" : "versions"} that nobody has read since it was loaded hold ${bytes(total(unread))}: unload what is not needed.`);
-  for (const tier of data.tiers) {
-    if (tier.pinned > 0.8 * tier.budget) found.push(`${percent(tier.pinned / tier.budget)} of the memory (${TIERS[tier.name]}) is pinned: little is left for everything else.`);
-    const lookups = tier.hits + tier.misses;
-    if (lookups > 1000 && tier.evictions > 0 && tier.hits < 0.8 * lookups) found.push(`The hit ratio is only ${percent(tier.hits / lookups)} (${TIERS[tier.name]}): a larger budget would save loads.`);
-  }
-  return found;
-}
 
 function One({ one, onDone }) {
   const path = `${tenantPath(one.tenant, "adapters", `${one.adapter}@${one.version}`)}/residency`;
@@ -91,25 +106,36 @@ function One({ one, onDone }) {
       run=${act("PUT", { pinned: true })}>Pin</${Act}>`}
       <${Act} run=${act("DELETE")}>Unload</${Act}></div>`}</div>
     <p>${bytes(one.device_bytes)} on the device, ${bytes(one.host_bytes)} of renderings in host memory. Lookups: ${number(one.uses)}, readers now: ${number(one.readers)}.
-      It stays because ${REASONS[one.reason] || one.reason}.</p></div>`;
+      It stays because ${REASONS[one.reason] || one.reason}.</p>
+    ${one.renderings > 0 && html`<div class="wide" tabindex="0" role="group" aria-label="Its renderings"><table><thead><tr>
+      <th>Rendering</th><th class="number">Bytes</th><th class="number">Lookups</th></tr></thead>
+      <tbody>${one.largest_renderings.map((form) => html`<tr><td>${wordsOf(form)}</td><td class="number">${bytes(form.nbytes)}</td>
+        <td class="number">${number(form.uses)}</td></tr>`)}</tbody></table></div>
+      ${one.renderings > one.largest_renderings.length && html`<p class="soft">The table shows the largest of ${number(one.renderings)}.</p>`}`}</div>`;
 }
 
-function Map_({ resident, chosen, onChoose }) {
+function TreeMap({ title, forms, chosen, onChoose }) {
   const canvas = useRef(null);
   const boxes = useRef([]);
+  const [pointed, setPointed] = useState(null); // a form
   useRedraw(canvas);
   useEffect(() => {
-    boxes.current = paint(canvas.current, resident, chosen);
+    boxes.current = paint(canvas.current, forms, chosen);
   });
+  const at = ({ offsetX: x, offsetY: y }) => boxes.current.find((box) => x >= box.x && x < box.x + box.w && y >= box.y && y < box.y + box.h)?.item;
   const choose = (event) => {
-    const hit = boxes.current.find((box) => event.offsetX >= box.x && event.offsetX < box.x + box.w && event.offsetY >= box.y && event.offsetY < box.y + box.h);
-    if (hit) onChoose(hit.item);
+    const hit = at(event);
+    if (hit) onChoose(hit.name);
   };
-  return html`<canvas class="map" ref=${canvas} onClick=${choose} role="img"
-    aria-label=${`${resident.length} versions by size; the table below names them`}></canvas>`;
+  return html`<canvas class="map" ref=${canvas} onClick=${choose} onPointerMove=${(event) => setPointed(at(event))} role="img"
+      aria-label=${`${title} by tenant, adapter and form: ${number(forms.length)} boxes; the table below names the versions`}></canvas>
+    <output class="soft">${pointed ? `${[pointed.name, pointed.words].filter(Boolean).join(": ")}, ${bytes(pointed.size)}${pointed.pinned ? ", pinned" : ""}` : "Point at a box to read it."}</output>`;
 }
 
-function paint(canvas, resident, chosen) {
+// Groups things by a field: [{list, size}], as `layout` takes them.
+const grouped = (list, field) => Object.values(Object.groupBy(list, (one) => one[field])).map((part) => ({ list: part, size: part.reduce((sum, one) => sum + one.size, 0) }));
+
+function paint(canvas, forms, chosen) {
   const ratio = devicePixelRatio || 1;
   const { clientWidth: width, clientHeight: height } = canvas;
   canvas.width = width * ratio;
@@ -118,20 +144,30 @@ function paint(canvas, resident, chosen) {
   pen.scale(ratio, ratio);
   const style = getComputedStyle(document.documentElement);
   const color = (name) => style.getPropertyValue(name);
-  const tenants = Object.entries(Object.groupBy(resident, (one) => one.tenant)).map(([tenant, list]) => ({ tenant, list, size: total(list) }));
+  const text = color("--text");
   const boxes = [];
-  layout(tenants, 0, 0, width, height).forEach(({ item, x, y, w, h }, index) => {
-    for (const box of layout(item.list.map((one) => ({ ...one, size: size(one) })), x, y, w, h)) {
-      const one = resident.find((other) => nameOf(other) === nameOf(box.item));
-      boxes.push({ ...box, item: one });
-      pen.fillStyle = color(`--curve-${(index % 4) + 1}`);
-      pen.globalAlpha = one === chosen ? 0.75 : 0.4;
-      pen.fillRect(box.x + 1, box.y + 1, Math.max(box.w - 2, 0), Math.max(box.h - 2, 0));
-      pen.globalAlpha = 1;
-      if (one.pinned) hatch(pen, box, color("--text"));
-      if (box.w > 70 && box.h > 18) write(pen, box, nameOf(one), color("--text"));
+  const inside = ({ item, x, y, w, h }, gap) => [item, x + gap, y + gap, Math.max(w - 2 * gap, 0), Math.max(h - 2 * gap, 0)];
+  layout(grouped(forms, "tenant"), 0, 0, width, height).forEach((tenant, index) => {
+    const [ofTenant, ...space] = inside(tenant, 2);
+    pen.fillStyle = color(`--curve-${(index % 4) + 1}`);
+    pen.globalAlpha = 0.4;
+    for (const adapter of layout(grouped(ofTenant.list, "adapter"), ...space)) {
+      const [ofAdapter, ...place] = inside(adapter, 1);
+      for (const box of layout(ofAdapter.list, ...place)) {
+        boxes.push(box);
+        pen.fillRect(box.x + 0.5, box.y + 0.5, Math.max(box.w - 1, 0), Math.max(box.h - 1, 0));
+      }
     }
   });
+  pen.globalAlpha = 1;
+  pen.strokeStyle = text;
+  pen.lineWidth = 2;
+  for (const box of boxes) {
+    if (box.item.name === chosen) pen.strokeRect(box.x + 1, box.y + 1, Math.max(box.w - 2, 0), Math.max(box.h - 2, 0));
+    if (box.item.pinned) hatch(pen, box, text);
+    if (box.w > 60 && box.h > 20) write(pen, box, box.item.name, 15, text);
+    if (box.w > 60 && box.h > 36) write(pen, box, box.item.words, 30, text);
+  }
   return boxes;
 }
 
@@ -142,6 +178,7 @@ function hatch(pen, box, stroke) {
   pen.clip();
   pen.globalAlpha = 0.35;
   pen.strokeStyle = stroke;
+  pen.lineWidth = 1;
   pen.beginPath();
   for (let at = -box.h; at < box.w; at += 9) {
     pen.moveTo(box.x + at, box.y + box.h);
@@ -151,13 +188,13 @@ function hatch(pen, box, stroke) {
   pen.restore();
 }
 
-function write(pen, box, text, fill) {
+function write(pen, box, text, below, fill) {
   pen.save();
   pen.beginPath();
   pen.rect(box.x, box.y, box.w - 4, box.h);
   pen.clip();
   pen.fillStyle = fill;
   pen.font = "12px system-ui";
-  pen.fillText(text, box.x + 6, box.y + 15);
+  pen.fillText(text, box.x + 6, box.y + below);
   pen.restore();
 }

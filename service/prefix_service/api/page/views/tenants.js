@@ -23,12 +23,12 @@ function All() {
     <label>Search by name<input type="search" value=${part} onInput=${(event) => setPart(event.target.value.trim())}
       placeholder="part of a name (press /)" /></label>
     <div class="card wide"><table><thead><tr><th>Tenant</th><th>Adapters</th><th>Bytes</th>
-      <th class="number">Requests a second</th><th>Since</th></tr></thead>
+      <th class="number wideonly">Requests a second</th><th class="wideonly">Since</th></tr></thead>
       <tbody>${shown.map((one) => html`<tr key=${one.tenant}><td><a href="#/tenants/${one.tenant}">
         <${Text}>${one.tenant}</${Text}></a></td>
         <td><${Gauge} used=${one.adapters} most=${one.max_adapters} what="adapters" /></td><td>
           <${BytesGauge} used=${one.bytes} most=${one.max_bytes} what="bytes" /></td>
-        <td class="number">${one.requests_per_second == null ? "no limit" : number(one.requests_per_second)}</td><td>
+        <td class="number wideonly">${one.requests_per_second == null ? "no limit" : number(one.requests_per_second)}</td><td class="wideonly">
           <${Moment} at=${one.created} /></td></tr>`)}</tbody></table>
       ${tenants && shown.length === 0 && html`<p class="soft">
         ${tenants.length ? "No tenant matches." : "There is no tenant yet."}</p>`}</div>`;

@@ -40,10 +40,10 @@ export default function Usage() {
       class="soft">Nobody has read a prefix in this time. The service records reads within a minute.</p>` : html`<div class="wide" tabindex="0" role="group"
       aria-label="Total usage"><table>
       <thead><tr><th>What</th><th class="number">Requests</th><th class="number">Bytes</th>
-        <th class="number">Prefix tokens</th><th class="number">Cold loads</th></tr></thead>
+        <th class="number wideonly">Prefix tokens</th><th class="number wideonly">Cold loads</th></tr></thead>
       <tbody>${sorted.map((sum) => html`<tr key=${sum.name}><td><${Text}>${sum.name}</${Text}></td>
         <td class="number">${number(sum.requests)}</td><td class="number">${bytes(sum.bytes)}</td>
-        <td class="number">${number(sum.prefix_tokens)}</td><td class="number">${number(sum.cold_loads)}</td>
+        <td class="number wideonly">${number(sum.prefix_tokens)}</td><td class="number wideonly">${number(sum.cold_loads)}</td>
           </tr>`)}</tbody></table></div>`}
       ${rows.more && html`<p
         class="soft">The table counts only the first ${number(MOST)} rows: choose a shorter time.</p>`}</section>`}`;

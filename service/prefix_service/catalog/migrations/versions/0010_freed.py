@@ -8,7 +8,8 @@ down_revision = "0009"
 
 
 def upgrade() -> None:
-    """Make their table; no other table changes. What was deleted before counts for nobody, and is soon collected."""
+    """Make their table, and an index of deleted adapters. What was deleted before counts for nobody, and is soon
+    collected."""
     op.create_table(
         "freed",
         sa.Column("tenant_id", sa.Integer, primary_key=True),
@@ -16,3 +17,10 @@ def upgrade() -> None:
         sa.Column("bytes", sa.BigInteger, nullable=False),
     )
     op.create_index("ix_freed_since", "freed", ["since"])
+    op.create_index(
+        "ix_adapters_hidden",
+        "adapters",
+        ["tenant_id"],
+        sqlite_where=sa.text("deleted = 1"),
+        postgresql_where=sa.text("deleted"),
+    )

@@ -1,14 +1,17 @@
-"""The front door: `/`, and sessions of the page: a cookie counts in calls of the page itself alone."""
+"""The front door: `/`, and sessions of the page, whose cookie counts in calls of the page itself alone."""
 
+import json
 import re
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
 
-from tests.api.helpers import CONFIG, problem
+from tests.api.helpers import CONFIG, head, problem, read_answer
 from tests.conftest import Server, running_server
 
 TENANT = "front"
@@ -16,20 +19,20 @@ TENANT = "front"
 
 @pytest.fixture(scope="module")
 def page(server: Server) -> dict[str, str]:
-    """What the page's own calls carry."""
+    """Returns the headers of the page's own calls."""
     return {"X-Prefix-CSRF": "1", "Origin": server.url}
 
 
 @pytest.fixture
 def anyone(server: Server) -> Iterator[httpx.Client]:
-    """A browser that has not signed in."""
+    """Yields a browser that has not signed in."""
     with httpx.Client(base_url=server.url, timeout=60) as client:
         yield client
 
 
 @pytest.fixture
 def signed_in(server: Server, page: dict[str, str], anyone: httpx.Client) -> httpx.Client:
-    """A browser with a session of a tenant's writer."""
+    """Returns a browser with a session of a tenant's writer."""
     server.client().put(f"/v1/tenants/{TENANT}")
     made = server.client().post(f"/v1/tenants/{TENANT}/keys", json={"scope": "write"}).json()
     assert anyone.post("/ui/session", json={"key": made["key"]}, headers=page).status_code == 201
@@ -37,7 +40,7 @@ def signed_in(server: Server, page: dict[str, str], anyone: httpx.Client) -> htt
 
 
 def test_the_front_door(anyone: httpx.Client) -> None:
-    """A browser is led to the page, everybody else is told what this is."""
+    """A browser is led to the page, and other callers get name, version and links."""
     answer = anyone.get("/", headers={"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"})
     assert (answer.status_code, answer.headers["location"]) == (303, "ui")
     told = anyone.get("/").json()
@@ -47,7 +50,7 @@ def test_the_front_door(anyone: httpx.Client) -> None:
 
 
 def test_signing_in_and_out(server: Server, page: dict[str, str], signed_in: httpx.Client) -> None:
-    """The session has the key's tenant and scope, reads and writes, and ends."""
+    """A session has the key's tenant and scope, reads and writes, and ends."""
     told = signed_in.get("/v1/whoami", headers={"X-Prefix-CSRF": "1"}).json()
     assert (told["tenant"], told["scope"]) == (TENANT, "write")
     path = f"/v1/tenants/{TENANT}/adapters/a/versions"
@@ -62,6 +65,31 @@ def test_signing_in_and_out(server: Server, page: dict[str, str], signed_in: htt
     assert "has ended" in problem(httpx.get(f"{server.url}/v1/whoami", headers=kept), 401, "unauthenticated")["detail"]
 
 
+def test_signing_out_ends_a_request_whose_body_still_arrives(
+    server: Server, page: dict[str, str], signed_in: httpx.Client
+) -> None:
+    """A change that a session began is refused once the session was ended, although its key is valid."""
+    body = json.dumps({"config": CONFIG}).encode()
+    path = f"/v1/tenants/{TENANT}/adapters/late/versions"
+    fields = {**page, "Cookie": f"prefix-session={signed_in.cookies['prefix-session']}"}
+    fields |= {"Content_Type": "application/json", "Content_Length": str(len(body)), "Expect": "100-continue"}
+    address = urlsplit(server.url)
+    fields["Host"] = address.netloc
+    with socket.create_connection((address.hostname, address.port), timeout=60) as connection:
+        connection.sendall(head("POST", path, **fields))
+        line = b""
+        while not line.endswith(b"\r\n\r\n"):  # which comes when the route reads the body
+            line += connection.recv(1)
+        assert line.startswith(b"HTTP/1.1 100 ")
+        connection.sendall(body[:10])
+        assert signed_in.delete("/ui/session", headers=page).status_code == 204
+        connection.sendall(body[10:])
+        answer = read_answer(connection)
+    assert answer.status == 401
+    assert b"the session was ended while the request was under way: sign in again" in answer.body
+    problem(server.client().get(f"/v1/tenants/{TENANT}/adapters/late"), 404)
+
+
 def test_who_is_signed_in(page: dict[str, str], signed_in: httpx.Client) -> None:
     """The page asks this first; without a session it is null, and no error."""
     assert signed_in.get("/ui/session", headers=page).json()["tenant"] == TENANT
@@ -72,12 +100,13 @@ def test_who_is_signed_in(page: dict[str, str], signed_in: httpx.Client) -> None
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
 def test_the_cookie(server: Server, anyone: httpx.Client, scheme: str) -> None:
-    """No script reads it, no other site sends it, and behind TLS it never travels without."""
+    """No script reads it and no other site sends it; behind TLS it never travels without, and no other host sets it."""
     host = server.url.partition("//")[2]
     headers = {"X-Prefix-CSRF": "1", "Origin": f"{scheme}://{host}"}
     answer = anyone.post("/ui/session", json={"key": server.admin_key}, headers=headers)
     name, *attributes = answer.headers["set-cookie"].split("; ")
-    assert re.fullmatch(r"prefix-session=[A-Za-z0-9_-]{55}", name)
+    prefix = "__Host-" if scheme == "https" else ""
+    assert re.fullmatch(rf"{prefix}prefix-session=[A-Za-z0-9_-]{{55}}", name)
     expected = {"Path=/", "Max-Age=43200", "HttpOnly", "SameSite=Strict"}
     assert set(attributes) == expected | ({"Secure"} if scheme == "https" else set())
     assert server.admin_key not in answer.text
@@ -91,7 +120,7 @@ _FOREIGN: list[dict[str, str]] = [
     {"Origin": "{url}"},
     {"X-Prefix-CSRF": "1"},
     {"X-Prefix-CSRF": "1", "Origin": "null"},
-    {"X-Prefix-CSRF": "1", "Origin": "https://evil.example"},
+    {"X-Prefix-CSRF": "1", "Origin": "http://evil.example"},
     {"X-Prefix-CSRF": "1", "Origin": "{url}0"},
     {"X-Prefix-CSRF": "1", "Origin": "{url}/"},
     {"X-Prefix-CSRF": "1", "Origin": "{url}", "Host": "127.0.0.1"},
@@ -198,7 +227,7 @@ def test_signing_in_counts_for_the_rate_of_the_tenant(
 
 
 def test_a_key_for_metrics_sees_no_page(server: Server, anyone: httpx.Client, page: dict[str, str]) -> None:
-    """It is refused, with the reason."""
+    """Signing in with a key of scope metrics is refused, with the reason."""
     made = server.client().post("/v1/keys", json={"scope": "metrics"}).json()
     assert "metrics" in problem(anyone.post("/ui/session", json={"key": made["key"]}, headers=page), 403)["detail"]
 

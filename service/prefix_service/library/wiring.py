@@ -25,6 +25,7 @@ from prefix_service.library.residency import Residency
 from prefix_service.library.shared_files import SharedFiles
 from prefix_service.library.statistics import VersionStatistics
 from prefix_service.library.tenancy import Tenancy
+from prefix_service.library.timeline import Timelines
 from prefix_service.registry.admission import Admission
 from prefix_service.registry.registry import AdapterRegistry
 
@@ -44,6 +45,7 @@ class UseCases:
     pages: Pages
     following: Following
     statistics: VersionStatistics
+    timelines: Timelines
     feed: ChangeFeed
 
 
@@ -58,19 +60,20 @@ def compose(
 ) -> UseCases:
     """Returns the use cases. Nothing is written, and no thread is started."""
     catalog, listings, tenants, audit = Catalog(database), Listings(database), Tenants(database), AuditLog(database)
-    feed = ChangeFeed(database)
+    usage, feed = UsageStore(database), ChangeFeed(database)
     with database.reading() as connection:
         followed = catalog_id(connection)
     encodings = Encodings(catalog, blobs, registry.device, registry.host_memory)
     library = Library(RememberedVersions(catalog, feed), encodings, registry, limits, admission, shared_files)
     return UseCases(
         library=library,
-        residency=Residency(library, registry, admission, audit),
+        residency=Residency(library, registry, admission, audit, usage),
         publisher=Publisher(catalog, blobs, encodings, admission, limits.upload_bytes, library.clear_failures),
         adapters=Adapters(catalog, Descriptions(database), listings),
         tenancy=Tenancy(database, tenants, keyring),
-        pages=Pages(listings, tenants, keyring, audit, UsageStore(database), admission),
+        pages=Pages(listings, tenants, keyring, audit, usage, admission),
         following=Following(feed, followed),
         statistics=VersionStatistics(encodings, admission),
+        timelines=Timelines(audit, usage, admission),
         feed=feed,
     )

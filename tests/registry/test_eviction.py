@@ -1,4 +1,4 @@
-"""`registry.residency` is pure state under a budget of bytes that tenants share."""
+"""`registry.eviction` is pure state under a budget of bytes that tenants share."""
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from prefix_service.errors import OutOfSpace, Overloaded, Unavailable
 from prefix_service.registry.accounts import Entry
-from prefix_service.registry.residency import Residency
+from prefix_service.registry.eviction import Residency
 
 BUDGET = 24
 KEYS = [tenant + name for tenant in "abc" for name in "123456"]

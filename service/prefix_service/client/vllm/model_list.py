@@ -40,7 +40,7 @@ _WILDCARDS: Final = frozenset("*?")
 log = logging.getLogger("vllm.prefix_service")
 
 
-class Catalogue:
+class ModelList:
     """The adapters that are listed, as cards of vLLM's form; used on one event loop.
 
     One reading serves all callers. The next one begins when the list is 10 seconds old, or ten times as old as reading

@@ -1,4 +1,4 @@
-"""`catalog.expiry`: old entries of the audit and old changes go in slices, and the feed notices nothing."""
+"""`catalog.retention`: old entries of the audit and old changes are removed in slices."""
 
 from datetime import timedelta
 
@@ -7,9 +7,9 @@ import sqlalchemy as sa
 from prefix_service.catalog.audit import AuditLog
 from prefix_service.catalog.changes import Change, TenantCreated
 from prefix_service.catalog.database import Database, now
-from prefix_service.catalog.expiry import expire_audit, expire_changes
 from prefix_service.catalog.feed import ChangeFeed
 from prefix_service.catalog.garbage import SLICE
+from prefix_service.catalog.retention import expire_audit, expire_changes
 from prefix_service.catalog.schema import audit as audit_table
 from prefix_service.catalog.schema import changes
 from prefix_service.catalog.tenants import Tenants
@@ -17,7 +17,7 @@ from tests.catalog.conftest import BY
 
 
 def add(audit: AuditLog, database: Database, count: int, days_ago: float) -> None:
-    """So many entries, as old as told."""
+    """Adds entries of these ages."""
     with database.writing() as connection:
         row = {"actor": "acme", "key_id": "k", "action": "x", "target": "acme", "details": {}}
         at = now(connection) - timedelta(days=days_ago)
@@ -29,7 +29,7 @@ def ids(audit: AuditLog) -> list[int]:
 
 
 def test_what_is_older_goes_and_the_rest_stays(audit: AuditLog, database: Database) -> None:
-    """Slice by slice."""
+    """Entries above the age are removed slice by slice, and younger ones stay."""
     add(audit, database, SLICE + 7, days_ago=31)
     add(audit, database, 3, days_ago=29)
     kept = ids(audit)[:3]
@@ -41,7 +41,7 @@ def test_what_is_older_goes_and_the_rest_stays(audit: AuditLog, database: Databa
 
 
 def test_the_newest_entry_stays(audit: AuditLog, database: Database, tenants: Tenants) -> None:
-    """However old: SQLite would give its id again."""
+    """The newest entry stays at any age, since SQLite would give its id again."""
     add(audit, database, 9, days_ago=900)
     last = ids(audit)[0]
     expire_audit(database, 1)
@@ -51,7 +51,8 @@ def test_the_newest_entry_stays(audit: AuditLog, database: Database, tenants: Te
 
 
 def test_old_changes_go_and_revisions_count_on(database: Database, tenants: Tenants) -> None:
-    """Slice by slice, to the last one: the feed of a process that knows them misses nothing."""
+    """Old changes are removed slice by slice, the last one too; revisions go on counting, and a feed that is up to date
+    misses nothing."""
     for number in range(3):
         tenants.put(f"t{number}", BY)
     with database.writing() as connection:

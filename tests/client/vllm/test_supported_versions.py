@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from prefix_service.client.vllm.probe import TOUCHED, missing
-from prefix_service.client.vllm.versions import TRIED, check_vllm
+from prefix_service.client.vllm.supported_versions import TRIED, check_vllm
 
 BASE = "distributed/kv_transfer/kv_connector/v1/base.py"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from prefix_service.api.server.versions import TOUCHED, WORKING, check
+from prefix_service.api.server.supported_versions import TOUCHED, WORKING, check
 from prefix_service.errors import InvalidInput
 
 HTTPTOOLS = "protocols/http/httptools_impl.py"
@@ -39,7 +39,7 @@ def change(file: Path, before: str, after: str) -> None:
 
 
 def test_the_installed_packages_have_all_parts(site: Path) -> None:
-    """They pass, and are among the versions that the error would recommend."""
+    """The installed packages pass, and are among the versions that the error would recommend."""
     for name in TOUCHED:
         check(name, INSTALLED[name], site / name)
         assert INSTALLED[name].startswith(f"{WORKING[name].rpartition(' ')[2]}.")

@@ -1,0 +1,106 @@
+"""The overview of memory names renderings, and advice says in words what an operator may do."""
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import httpx
+import pytest
+
+from prefix_service.data_folder.opening import catalog_file
+from tests.api.helpers import problem, upload, weights
+from tests.conftest import Server
+
+TENANT = "remembered"
+ADAPTERS = f"/v1/tenants/{TENANT}/adapters"
+
+
+@pytest.fixture(scope="module")
+def admin(server: Server) -> Iterator[httpx.Client]:
+    """Three versions of an adapter, two of which were published eight days ago."""
+    client = server.client()
+    for seed in range(3):
+        assert upload(client, TENANT, "a", file=weights(seed)).status_code == 201
+    with closing(sqlite3.connect(catalog_file(server.data_dir))) as catalog, catalog:
+        old = f"{datetime.now(UTC) - timedelta(days=8):%Y-%m-%d %H:%M:%S}"
+        of_tenant = "SELECT a.id FROM adapters a JOIN tenants t ON t.id = a.tenant_id WHERE t.name = ?"
+        change = f"UPDATE versions SET created = ? WHERE number < 3 AND adapter_id IN ({of_tenant})"  # noqa: S608
+        catalog.execute(change, (old, TENANT))
+    yield client
+    client.delete(f"/v1/tenants/{TENANT}")
+
+
+def resident(client: httpx.Client) -> list[dict[str, Any]]:
+    """What the tenant has in memory, by version."""
+    page = client.get("/v1/residency", params={"limit": 1000}).json()
+    return sorted((one for one in page["resident"] if one["tenant"] == TENANT), key=lambda one: one["version"])
+
+
+def test_renderings_are_named(admin: httpx.Client) -> None:
+    """Each with its dtype, its layers and heads, its bytes and its lookups; the largest come first, and at most 8."""
+    queries = ["", "", "dtype=float32", "layers=1:2&kv_heads=0:1"]
+    for query in queries:
+        assert admin.get(f"{ADAPTERS}/a@3/prefix?{query}").status_code == 200
+    (row,) = resident(admin)
+    names = ("dtype", "layers", "kv_heads", "nbytes")
+    found = [tuple(one[name] for name in names) for one in row["largest_renderings"]]
+    whole = 2 * 2 * 2 * 4 * 3  # numbers
+    stored = row["device_bytes"] // whole
+    assert found[0] == ("float32", "0:2", "0:2", 4 * whole)
+    assert found[-1][1:] == ("1:2", "0:1", whole // 4 * stored)
+    uses = [one["uses"] for one in row["largest_renderings"]]
+    assert uses[0] > uses[-1]
+    assert sum(one[3] for one in found) == row["host_bytes"]
+    assert len(found) == row["renderings"]
+    for dtype in ("float16", "bfloat16", "float32"):
+        for layer in (0, 1):
+            for head in (0, 1):
+                query = f"dtype={dtype}&layers={layer}:{layer + 1}&kv_heads={head}:{head + 1}"
+                assert admin.get(f"{ADAPTERS}/a@3/prefix?{query}").status_code == 200
+    (row,) = resident(admin)
+    assert row["renderings"] > 8 == len(row["largest_renderings"])
+    sizes = [one["nbytes"] for one in row["largest_renderings"]]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_pinned_versions_that_nobody_reads(server: Server, admin: httpx.Client) -> None:
+    """Those that are pinned and old enough, until the catalog has a read of the last 7 days, by whichever process."""
+
+    def advice() -> list[dict[str, Any]]:
+        items: list[dict[str, Any]] = admin.get("/v1/residency/advice").json()["items"]
+        return [one for one in items if one["code"] == "pinned-unread"]
+
+    assert advice() == []
+    for number in (1, 2, 3):
+        state = admin.put(f"{ADAPTERS}/a@{number}/residency", json={"pinned": True})
+        assert state.json()["pinned"] is True
+    (found,) = advice()
+    nbytes = found["versions"][0]["nbytes"]
+    assert found["text"] == (
+        f"2 pinned versions unread for 7 days hold {2 * nbytes} B on the device: unpin what is not needed."
+    )
+    assert (found["tier"], found["nbytes"]) == ("device", 2 * nbytes)
+    assert found["versions"] == [
+        {"tenant": TENANT, "adapter": "a", "version": number, "nbytes": nbytes} for number in (1, 2)
+    ]
+    with closing(sqlite3.connect(catalog_file(server.data_dir))) as catalog, catalog:
+        hour = f"{datetime.now(UTC) - timedelta(days=6):%Y-%m-%d %H}:00:00"
+        catalog.execute(
+            "INSERT INTO usage SELECT ?, id, 'a', 1, 'k', 1, 1, 1, 1 FROM tenants WHERE name = ?", (hour, TENANT)
+        )
+    (found,) = advice()
+    assert found["text"].startswith("1 pinned version unread for 7 days holds ")
+    for number in (1, 2, 3):
+        admin.put(f"{ADAPTERS}/a@{number}/residency", json={"pinned": False})
+    assert advice() == []
+
+
+def test_advice_is_for_keys_of_the_platform(server: Server, admin: httpx.Client) -> None:
+    """A tenant's admin gets none of it; a reader of the platform does."""
+    made = admin.post(f"/v1/tenants/{TENANT}/keys", json={"scope": "admin"}).json()
+    problem(server.client(made["key"]).get("/v1/residency/advice"), 403, "forbidden")
+    reader = admin.post("/v1/keys", json={"scope": "read"}).json()
+    assert server.client(reader["key"]).get("/v1/residency/advice").status_code == 200
+    admin.delete(f"/v1/keys/{reader['id']}")
