@@ -15,8 +15,8 @@ from prefix_service.catalog.database import Database
 from prefix_service.catalog.schema import changes
 from prefix_service.client import PrefixClient, Watch, WatchedChange
 from prefix_service.client.flows import watched
-from prefix_service.client.flows.service_state import ServiceState
 from prefix_service.client.flows.watched import Watched
+from prefix_service.client.service_state import ServiceState
 from prefix_service.errors import InvalidRequest, InvalidResponse, Unauthenticated
 from tests.client.conftest import GPT2, Counting
 from tests.client.forwarder import Forwarder, forwarders

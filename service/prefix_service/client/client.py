@@ -16,8 +16,8 @@ from prefix_service.client.cache.disk_cache import DiskCache
 from prefix_service.client.flows import calls, management
 from prefix_service.client.flows.as_methods import awaited, blocking, named, plain
 from prefix_service.client.flows.flows import Reading
-from prefix_service.client.flows.service_state import ServiceState
 from prefix_service.client.flows.watched import Watched
+from prefix_service.client.service_state import ServiceState
 from prefix_service.client.transport.connection import Connection
 from prefix_service.client.transport.fetcher import Fetcher
 from prefix_service.client.transport.foreign import AsyncForeign, Foreign

@@ -6,10 +6,9 @@ from typing import Any
 import httpx
 import pytest
 
-from prefix_service.client import PrefixClient
-from prefix_service.client.flows import service_state
-from prefix_service.client.flows.service_state import ServiceState
+from prefix_service.client import PrefixClient, service_state
 from prefix_service.client.protocol import Request
+from prefix_service.client.service_state import ServiceState
 from tests.client.conftest import Counting
 from tests.client.hostile import answer, hostile_server, says
 from tests.client.test_client import published

@@ -14,10 +14,10 @@ from prefix_service.client.cache.cache import Cached, LocalCache
 from prefix_service.client.cache.disk_cache import DiskCache, Entry
 from prefix_service.client.cache.fingerprints import Fingerprints
 from prefix_service.client.flows.question import Question, require_version
-from prefix_service.client.flows.service_state import ServiceState
 from prefix_service.client.flows.watched import Watched
 from prefix_service.client.options import PrefixOptions, json_bytes
 from prefix_service.client.protocol import Answer, Flow, Progress, Request, Work, adapter_path, check_digest
+from prefix_service.client.service_state import ServiceState
 from prefix_service.errors import InvalidRequest, InvalidResponse, PrefixServiceError
 from prefix_service.prefix.file_names import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from prefix_service.prefix.references import Reference, parse_qualified

@@ -14,7 +14,7 @@ from typing import Any, Final, Self
 
 from prefix_service.client.cache.cache import LocalCache, Stamp
 from prefix_service.client.flows.question import Question
-from prefix_service.client.flows.service_state import ServiceState
+from prefix_service.client.service_state import ServiceState
 from prefix_service.errors import InvalidResponse
 from prefix_service.prefix.references import LATEST
 from prefix_service.system.bounded import put_last

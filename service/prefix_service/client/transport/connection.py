@@ -9,8 +9,8 @@ from pathlib import Path
 
 import httpx
 
-from prefix_service.client.flows.service_state import ServiceState
 from prefix_service.client.protocol import Request
+from prefix_service.client.service_state import ServiceState
 from prefix_service.client.transport import dialling
 from prefix_service.client.transport.dialling import time_left
 from prefix_service.errors import ConnectionFailed, InvalidRequest
