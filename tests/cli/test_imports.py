@@ -71,8 +71,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return data_dir
 
 
-COMPUTE = {"serve", "demo", "openapi", "fetch", "diff", "bench", "doctor", "convert"}
-"""These need torch: for tensors, for the device (`doctor`), or for the service, which computes (`serve`, `openapi`)."""
+COMPUTE = {"serve", "demo", "openapi", "fetch", "diff", "bench", "doctor", "convert", "compile"}
+"""These need torch: for tensors, for the base model (`compile`), for the device (`doctor`), or for the service, which
+computes (`serve`, `openapi`)."""
 
 
 @pytest.fixture(scope="module")

@@ -215,7 +215,7 @@ def _compiled(
     config = parse_config(values).model_dump()
     flat = _flat(_read(model, given, progress), (tokens, layers, heads, size))
     used = {
-        "base": model.name_or_path,
+        "base": _shown_name(model.name_or_path),
         "base-commit": getattr(model.config, "_commit_hash", None) or "",
         "dtype": str(flat.dtype).removeprefix("torch."),
         "prefix-service": version("prefix-service"),
@@ -232,7 +232,12 @@ def _recipe(values: Mapping[str, str]) -> dict[str, str]:
 def _of_tokenizer(tokenizer: Tokenizer, role: Role) -> dict[str, str]:
     template = template_of(tokenizer, role)
     hashed = {} if template is None else {"template-sha256": hashlib.sha256(template.encode()).hexdigest()}
-    return {"tokenizer": tokenizer.name_or_path, **hashed}
+    return {"tokenizer": _shown_name(tokenizer.name_or_path), **hashed}
+
+
+def _shown_name(name: str) -> str:
+    """Returns the name of a model, or of its folder: where that lies on this machine is nobody else's business."""
+    return Path(name).name if Path(name).exists() else name
 
 
 def _read(model: Model, given: _Input, progress: Progress | None) -> DynamicCache:

@@ -79,8 +79,8 @@ def embeddings(model: Any, prompt: SoftPrompt) -> Tensor:
     width = words.weight.shape[1]
     if prompt.width != width:
         raise DimensionMismatch(
-            f"the virtual tokens of {prompt.folder} have {prompt.width} numbers, and the embeddings of the model {width}"
-            f": compile it with its own base model{'' if prompt.base is None else f', {prompt.base}'}"
+            f"the virtual tokens of {prompt.folder} have {prompt.width} numbers, and the embeddings of the model "
+            f"{width}: compile it with its own base model{'' if prompt.base is None else f', {prompt.base}'}"
         )
     try:
         from peft import PeftConfig, PeftModel
