@@ -144,6 +144,15 @@ def test_a_command_that_lacks_the_extra_says_so(folder: Path, command: str) -> N
     assert done.stderr.count("\n") == 1
 
 
+def test_compile_says_which_extra_it_lacks() -> None:
+    """`compile` needs transformers, of an extra of its own."""
+    missing = _WITHOUT_SERVER.replace("SERVER", "{'transformers'}")
+    done = run(missing + _MAIN, "compile", "--model", "x", "adapter", "out")
+    assert done.returncode == 1
+    assert done.stderr.endswith("pip install 'prefix-service[compile]'\n"), done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 def _required(extra: str | None) -> Iterator[str]:
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     for requirement in project["dependencies"] if extra is None else project["optional-dependencies"][extra]:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -342,6 +343,14 @@ def test_weights_that_do_not_fit_are_named(soft_prompt: Callable[[str, str], Pat
         compile_prefix(base("llama"), adapter=folder)
     weights.unlink()
     with pytest.raises(InvalidCheckpoint, match="save_pretrained"):
+        compile_prefix(base("llama"), adapter=folder)
+
+
+def test_what_is_missing_is_named(soft_prompt: Callable[[str, str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without PEFT the error has the `pip install` to paste."""
+    folder = soft_prompt("llama", "PROMPT_TUNING")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(InvalidRequest, match=r"pip install 'prefix-service\[compile\]'"):
         compile_prefix(base("llama"), adapter=folder)
 
 

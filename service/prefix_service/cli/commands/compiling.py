@@ -303,7 +303,13 @@ def _loaded(name: str, load: Callable[[], Any]) -> Any:
     """
     try:
         return load()
-    except (OSError, ValueError, RuntimeError) as error:
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        AssertionError,
+        ImportError,
+    ) as error:  # torch asserts that there is CUDA
         reason = " ".join(str(error).split())
         raise InvalidRequest(f"the model {name} cannot be loaded: {reason:.500}") from error
 
