@@ -254,10 +254,9 @@ def test_where_frequencies_change_with_the_length_the_text_is_read_in_one_piece(
 
 def _tiny(family: str, **more: Any) -> Any:
     config = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4} | more
+    auto: Any = transformers.AutoModelForCausalLM
     with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(
-            getattr(transformers, f"{family}Config")(vocab_size=64, **config)
-        ).eval()
+        return auto.from_config(getattr(transformers, f"{family}Config")(vocab_size=64, **config)).eval()
 
 
 @pytest.mark.parametrize(

@@ -317,8 +317,9 @@ def _loaded(name: str, load: Callable[[], Any]) -> Any:
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """Keeps transformers' own bars and warnings from the terminal: the command shows what matters."""
-    from transformers.utils import logging
+    from transformers import logging as module
 
+    logging: Any = module
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -276,7 +276,7 @@ def _flat(cache: DynamicCache, shape: tuple[int, int, int, int]) -> Tensor:
         InvalidRequest: a layer keeps other tokens or shapes than a prefix has, or a dtype that is not stored.
     """
     tokens, layers, heads, size = shape
-    filled = {layer: it for layer, it in enumerate(cache.layers) if getattr(it, "keys", None) is not None}
+    filled: dict[int, Any] = {n: kept for n, kept in enumerate(cache.layers) if getattr(kept, "keys", None) is not None}
     if not filled:
         raise InvalidRequest("the model kept no keys and values")
     dtype = next(iter(filled.values())).keys.dtype
