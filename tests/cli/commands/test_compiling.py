@@ -56,10 +56,10 @@ def test_a_folder_of_documents_becomes_a_folder_of_prefixes(run: Run, model: Pat
     done = run("compile", "--model", model, "--text", documents, tmp_path / "out", "--as", "plain", "--json")
     assert done.returncode == 0, done.stderr
     items = json.loads(done.stdout)["items"]
-    tokens = len(text_tokens(tokenizer(), f"{TEXT} a\n", "plain"))
-    assert [(item["folder"], item["num_virtual_tokens"]) for item in items] == [
-        (str(tmp_path / "out" / name), tokens) for name in ("a", "b")
-    ]
+    expected = {name: text_tokens(tokenizer(), f"{TEXT} {name}\n", "plain") for name in ("a", "b")}
+    assert {item["folder"]: item["num_virtual_tokens"] for item in items} == {
+        str(tmp_path / "out" / name): len(tokens) for name, tokens in expected.items()
+    }
     assert (tmp_path / "out" / "b" / "adapter_config.json").exists()
 
 

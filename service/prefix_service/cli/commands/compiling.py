@@ -101,7 +101,9 @@ def compile_(
     dtype: Annotated[
         Dtype | None, typer.Option("--dtype", help="What the model computes in; default: that of its weights.")
     ] = None,
-    device: Annotated[str, typer.Option("--device", help="Where the model computes: cpu, cuda, cuda:1.")] = "cpu",
+    device: Annotated[
+        str, typer.Option("--device", metavar="DEVICE", help="Where the model computes: cpu, cuda, cuda:1.")
+    ] = "cpu",
     tenant: Annotated[
         str | None,
         typer.Option(
