@@ -71,8 +71,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return data_dir
 
 
-COMPUTE = {"serve", "demo", "openapi", "fetch", "diff", "bench", "doctor", "convert"}
-"""These need torch: for tensors, for the device (`doctor`), or for the service, which computes (`serve`, `openapi`)."""
+COMPUTE = {"serve", "demo", "openapi", "fetch", "diff", "bench", "doctor", "convert", "compile"}
+"""These need torch: for tensors, for the base model (`compile`), for the device (`doctor`), or for the service, which
+computes (`serve`, `openapi`)."""
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +141,15 @@ def test_a_command_that_lacks_the_extra_says_so(folder: Path, command: str) -> N
     done = run(without_server() + _MAIN, *command.split(), *of_folder)
     assert done.returncode == 1
     assert done.stderr.endswith("pip install 'prefix-service[server]'\n"), done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_compile_says_which_extra_it_lacks() -> None:
+    """`compile` needs transformers, of an extra of its own."""
+    missing = _WITHOUT_SERVER.replace("SERVER", "{'transformers'}")
+    done = run(missing + _MAIN, "compile", "--model", "x", "adapter", "out")
+    assert done.returncode == 1
+    assert done.stderr.endswith("pip install 'prefix-service[compile]'\n"), done.stderr
     assert done.stderr.count("\n") == 1
 
 

@@ -17,6 +17,7 @@ from prefix_service.cli.app import app, run
 from prefix_service.client import PrefixClient
 from prefix_service.data_folder.opening import opened
 from prefix_service.settings import Settings
+from tests.architectures import base
 from tests.cli.test_options import OF_NO_SERVICE, commands
 from tests.client.test_client import published
 from tests.conftest import CORPUS, Server
@@ -29,6 +30,7 @@ SUCCEED = {
     "publish": f"publish {LLAMA} {TENANT}/published",
     "compose": f"compose {TENANT}/composed {NAME} {NAME}",
     "convert": f"convert {LLAMA} {{folder}}/converted",
+    "compile": "compile {folder}/compiled --model {folder}/model --tokens {folder}/ids",
     "fetch": f"fetch {NAME}",
     "pull": f"pull {NAME} {{folder}}/pulled",
     "list": f"list {TENANT}",
@@ -67,6 +69,7 @@ FAIL = {
     "openapi": ("openapi -o {folder}", "invalid-request"),
     "deploy": ("deploy grafana -o {folder}", "invalid-request"),
     "convert": (f"convert {LLAMA} {LLAMA}", "conflict"),
+    "compile": (f"compile {LLAMA} {{folder}}/none --model {{folder}}/model", "invalid-config"),
     "pull": (f"pull {NAME} {LLAMA}", "conflict"),
 }
 """Uses that fail; the other commands fail where the service's address is none."""
@@ -89,6 +92,8 @@ def names(server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     folder = tmp_path_factory.mktemp("json")
     with opened(Settings(data_dir=folder / "data")):
         pass
+    base("llama").save_pretrained(folder / "model")
+    (folder / "ids").write_text("1 5 6")
     return {"key": key, "rotated": rotated, "folder": str(folder), "data": str(folder / "data")}
 
 

@@ -10,7 +10,7 @@ import pytest
 from prefix_service.cli.demo.model import LanguageModel, find_model, load_model
 from tests.missing import not_tested
 
-_TEMPLATE: Final = (
+TEMPLATE: Final = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -42,6 +42,6 @@ def save_model(gguf: Path, folder: Path) -> LanguageModel:
         del model.config.quantization_config
     weights = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}  # tied
     model.save_pretrained(folder, state_dict=weights)
-    tokenizer.chat_template = _TEMPLATE
+    tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
     return loaded

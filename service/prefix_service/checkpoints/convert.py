@@ -1,21 +1,21 @@
 """Converts foreign and pickled checkpoints to a safe adapter folder, on their owner's machine."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save, save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from prefix_service.checkpoints.cartridges import flat_cartridge, is_cartridge
+from prefix_service.checkpoints.folders import write_folder
 from prefix_service.checkpoints.pickles import read_pickle
 from prefix_service.checkpoints.sources import TensorFiles, readable, weight_files
-from prefix_service.errors import Conflict, InvalidCheckpoint, InvalidConfig, StorageFailed
+from prefix_service.errors import InvalidCheckpoint, InvalidConfig
 from prefix_service.prefix.checkpoint import Match, Shape, find_prefix, load_weights, shown_names
 from prefix_service.prefix.config import PrefixConfig, parse_config
-from prefix_service.prefix.file_names import CONFIG_NAME, PICKLE_SUFFIXES, WEIGHTS_NAME
+from prefix_service.prefix.file_names import CONFIG_NAME, PICKLE_SUFFIXES
 from prefix_service.prefix.json_text import parse_config_json
 
 
@@ -75,15 +75,7 @@ def write(conversion: Conversion, folder: Path) -> None:
         Conflict: the folder contains one of the files already.
         StorageFailed: the folder cannot be written.
     """
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
-        if (folder / name).exists():
-            raise Conflict(f"{folder / name} exists: choose an empty folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(dict(conversion.tensors), folder / WEIGHTS_NAME)
-        (folder / CONFIG_NAME).write_text(json.dumps(conversion.config, indent=2, sort_keys=True) + "\n")
-    except OSError as error:
-        raise StorageFailed(f"{folder} cannot be written: {error.strerror}") from error
+    write_folder(folder, conversion.config, conversion.tensors)
 
 
 def _opened(source: Path, *, unsafe: bool) -> _Checkpoint:

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Final
 
-from prefix_service.errors import InvalidCheckpoint, InvalidConfig, UnsafeCheckpoint
+from prefix_service.errors import InvalidCheckpoint, InvalidConfig, InvalidInput, InvalidRequest, UnsafeCheckpoint
 from prefix_service.prefix.checkpoint import CHECKPOINT_LAYOUTS, Match, Shape, find_prefix
 from prefix_service.prefix.config import config_type_of
-from prefix_service.prefix.file_names import CARD_NAME, CONFIG_NAME, PICKLE_SUFFIXES, WEIGHTS_NAME
-from prefix_service.prefix.json_text import parse_config_json
+from prefix_service.prefix.description import check_annotations
+from prefix_service.prefix.file_names import CARD_NAME, CONFIG_NAME, PICKLE_SUFFIXES, RECIPE_NAME, WEIGHTS_NAME
+from prefix_service.prefix.json_text import MAX_CONFIG_BYTES, parse_config_json, parse_json
 from prefix_service.prefix.safetensors_header import (
     WEIGHT_DTYPES,
     Header,
@@ -36,7 +37,7 @@ class Upload:
     """The files of an upload.
 
     `cut_from` describes which tensors of which layout were cut out of a larger checkpoint; None if the file is sent as
-    it is. `card` is the model card, or None.
+    it is. `card` is the model card, or None. `recipe` has the annotations by which `compile` describes its result.
     """
 
     config: bytes
@@ -44,6 +45,7 @@ class Upload:
     size: int
     cut_from: str | None
     card: bytes | None
+    recipe: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,12 +123,13 @@ def prepare_upload(source: Path, config: Path | None = None) -> Upload:
     """Returns the upload of an adapter's folder, or of a full training checkpoint, whose prefix is cut out.
 
     Files that `save_pretrained` wrote are sent byte for byte, with a task head if they have one, and with the folder's
-    README.md as the model card.
+    README.md as the model card and its prefix_recipe.json as annotations.
 
     Raises:
         InvalidConfig: there is no adapter_config.json, or it belongs to another kind of adapter, such as LORA.
         UnsafeCheckpoint: all weights are pickles.
         InvalidCheckpoint: there are no weights, or none or several prefixes among them, or a file cannot be read.
+        InvalidRequest: the recipe is no object of texts, or too large.
     """
     folder = source if source.is_dir() else source.parent
     config_path = config or folder / CONFIG_NAME
@@ -142,12 +145,26 @@ def prepare_upload(source: Path, config: Path | None = None) -> Upload:
     card_path = folder / CARD_NAME
     with readable(card_path):
         card = card_path.read_bytes() if source.is_dir() and card_path.is_file() else None
+    recipe = _recipe(folder / RECIPE_NAME) if source.is_dir() else {}
     if len(paths) == 1 and (not others or match.layout is CHECKPOINT_LAYOUTS[0]):
         with readable(paths[0]):
-            return Upload(config_json, paths[0].open("rb"), paths[0].stat().st_size, None, card)
+            return Upload(config_json, paths[0].open("rb"), paths[0].stat().st_size, None, card, recipe)
     weights = _cut(files, match)
     what = f"{len(match.tensors)} of {len(files.shapes)} tensors ({match.layout.name})"
-    return Upload(config_json, io.BytesIO(weights), len(weights), what, card)
+    return Upload(config_json, io.BytesIO(weights), len(weights), what, card, recipe)
+
+
+def _recipe(path: Path) -> dict[str, str]:
+    """Returns the annotations in a recipe; none if there is no such file."""
+    with readable(path):
+        if not path.is_file():
+            return {}
+        with path.open("rb") as file:
+            data = file.read(MAX_CONFIG_BYTES + 1)
+    try:
+        return check_annotations(parse_json(data, "it"))
+    except InvalidInput as error:
+        raise InvalidRequest(f"{path} is no recipe: {error}") from error
 
 
 def _cut(files: TensorFiles, match: Match) -> bytes:

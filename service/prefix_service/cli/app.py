@@ -12,6 +12,7 @@ from prefix_service.cli.commands import (
     adapters,
     alias,
     bench,
+    compiling,
     demo,
     deploy,
     doctor,
@@ -45,8 +46,13 @@ OF_SERVER: Final = frozenset(
 """What the extra `server` brings."""
 _NEEDS_SERVER: Final = "this command runs a service or works on its folder: pip install 'prefix-service[server]'"
 
+_NEEDS_COMPILE: Final = "this command runs the base model: pip install 'prefix-service[compile]'"
+_NEEDS: Final = {**dict.fromkeys(OF_SERVER, _NEEDS_SERVER), "transformers": _NEEDS_COMPILE}
+"""Modules of extras, and what to install if one is missing."""
+
 serve.register(app)
 publishing.register(app)
+compiling.register(app)
 fetching.register(app)
 adapters.register(app)
 alias.register(app)
@@ -100,11 +106,12 @@ def run() -> None:
             print_error(error.code, str(error), error.request_id)
         sys.exit(1)
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in OF_SERVER:
+        needs = _NEEDS.get((error.name or "").partition(".")[0])
+        if needs is None:
             raise
-        complain(f"error (extra-missing): {_NEEDS_SERVER}")
+        complain(f"error (extra-missing): {needs}")
         if wants_json:
-            print_error("extra-missing", _NEEDS_SERVER)
+            print_error("extra-missing", needs)
         sys.exit(1)
     except SystemExit as end:
         if wants_json and end.code == _WRONG_USAGE:

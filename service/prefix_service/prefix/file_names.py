@@ -1,10 +1,13 @@
-"""The names of the files that PEFT's `save_pretrained` writes; uploads use them, too."""
+"""The names of an adapter's files: those that PEFT's `save_pretrained` writes, which uploads use too, and the recipe of
+a compiled prefix."""
 
 from typing import Final
 
 CONFIG_NAME: Final = "adapter_config.json"
 CARD_NAME: Final = "README.md"
 WEIGHTS_NAME: Final = "adapter_model.safetensors"
+RECIPE_NAME: Final = "prefix_recipe.json"
+"""A JSON object of texts, which `publish` sends as annotations of the version."""
 
 PICKLE_SUFFIXES: Final = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 """The endings of files that training frameworks pickle; the service refuses them by name."""

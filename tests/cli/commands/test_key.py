@@ -240,7 +240,8 @@ def test_whoami(server: Server, run: Run) -> None:
     )
     mine = {"PREFIX_URL": server.url, "PREFIX_API_KEY": made["key"]}
     found = json.loads(run_command("whoami", "--json", environment=mine).stdout)
-    assert found == {name: made[name] for name in ("id", "name", "tenant", "scope", "expires")}
+    own = {name: made[name] for name in ("id", "name", "tenant", "scope", "expires")}
+    assert found == own | {"max_upload_bytes": 2 << 30}
     shown = run_command("whoami", environment=mine).stdout
     for words in (made["id"], "me", "the platform", "metrics", f"{made['expires'][:10]}"):
         assert words in shown

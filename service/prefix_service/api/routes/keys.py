@@ -68,6 +68,12 @@ class Identity(BaseModel):
     expires: Moment | None
 
 
+class Asking(Identity):
+    """The key that asks, and the largest weights file that it can publish here, in bytes."""
+
+    max_upload_bytes: int
+
+
 class KeyItem(BaseModel):
     """A key without its secret; `tenant` is null for a key of the platform."""
 
@@ -94,9 +100,11 @@ class KeyPage(BaseModel):
 
 
 @router.get("/v1/whoami")
-async def whoami(caller: Caller, state: StateOf) -> Identity:
-    """The key that asks: whose it is, what it may do, and until when."""
-    return await identity(state, caller)
+async def whoami(caller: Caller, state: StateOf) -> Asking:
+    """The key that asks: whose it is, what it may do, and until when; and the largest weights file that the service
+    accepts."""
+    found = await identity(state, caller)
+    return Asking(**found.model_dump(), max_upload_bytes=state.settings.max_upload_bytes)
 
 
 async def identity(state: State, caller: Principal) -> Identity:

@@ -78,7 +78,8 @@ def publish(
 ) -> None:
     """Publish trained adapters as new versions.
 
-    The prefix of a full training checkpoint is cut out first. A folder's README.md becomes the version's model card.
+    The prefix of a full training checkpoint is cut out first. A folder's README.md becomes the version's model card,
+    the recipe of a compiled prefix its annotations.
     """
     annotations = parse_annotations(annotate or [], note_text)
     base = None if base_config is None else base_config.read_bytes()
@@ -143,7 +144,8 @@ def _publish_source(
         disable=not errors_console.is_terminal,
     )
     with upload.weights, shown as weights:
-        return client.publish_files(adapter, upload.config, weights, base, card=upload.card, annotations=annotations)
+        described = {**upload.recipe, **annotations}
+        return client.publish_files(adapter, upload.config, weights, base, card=upload.card, annotations=described)
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,9 +205,10 @@ def _publish_folders(
                 return _Outcome(folder, adapter)
             try:
                 upload = prepare_upload(folder)
+                described = {**upload.recipe, **annotations}
                 with upload.weights as weights:
                     version, is_new = client.publish_files(
-                        adapter, upload.config, weights, base, card=upload.card, annotations=annotations
+                        adapter, upload.config, weights, base, card=upload.card, annotations=described
                     )
             except PrefixServiceError as error:
                 if not isinstance(error, _OF_ONE_FOLDER):

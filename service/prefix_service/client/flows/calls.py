@@ -207,10 +207,11 @@ def publish(
     Args:
         adapter: where to publish, `tenant/name`.
         folder: the output of PEFT's `save_pretrained`: `adapter_config.json`, `adapter_model.safetensors`, and a
-            `README.md`, which becomes the model card. The prefix is cut out of a full training checkpoint.
+            `README.md`, which becomes the model card. The prefix is cut out of a full training checkpoint. The
+            `prefix_recipe.json` of a compiled prefix becomes annotations.
         base_model_config: the base model's `config.json`, for dimensions that the adapter's config lacks.
-        annotations: texts by key, such as author, run, metrics. They belong to a new version; an existing one keeps its
-            own.
+        annotations: texts by key, such as author, run, metrics; they replace those of a recipe by the same key. They
+            belong to a new version; an existing one keeps its own.
         progress: called with the bytes that were sent and their total, as in `get`.
 
     Raises:

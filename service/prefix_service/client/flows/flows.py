@@ -219,8 +219,9 @@ def publish_folder(
     """Publishes a version of `tenant/name` from a local folder; returns its metadata, and whether it is new."""
     adapter_alone(adapter)
     upload, model = yield Work(partial(_opened, folder, base_model_config))
+    described = upload.recipe if annotations is None else {**upload.recipe, **annotations}
     with upload.weights as weights:
-        return (yield from publish(adapter, upload.config, weights, model, upload.card, annotations, progress))
+        return (yield from publish(adapter, upload.config, weights, model, upload.card, described, progress))
 
 
 def _opened(folder: Path, base_model_config: Path | None) -> "tuple[Upload, bytes | None]":

@@ -151,7 +151,9 @@ def audit(tenant: str | None = None, limit: int = 100) -> Flow[list[Item]]:
 
 
 def whoami() -> Flow[Found]:
-    """Returns this client's key: its `id`, `name`, `tenant` (None: the platform), `scope`, and when it `expires`."""
+    """Returns this client's key: its `id`, `name`, `tenant` (None: the platform), `scope`, and when it `expires`; and
+    `max_upload_bytes`, the largest weights file that the service accepts.
+    """
     answer: Answer = yield Request("GET", "/v1/whoami")
     return answer.json_object()
 

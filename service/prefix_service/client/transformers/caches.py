@@ -57,9 +57,8 @@ def to_cache(
     """
     model: Any = None if isinstance(config, PreTrainedConfig) else unwrapped(config)
     config = config if isinstance(config, PreTrainedConfig) else model.config
+    check_takes_prefix(config)
     decoder = config.get_text_config(decoder=True)
-    _check_takes_cache(config, decoder)
-    _check_layers(decoder)
     layers = _num_layers(decoder)
     # PEFT counts the encoder's layers: a shallower decoder leaves pairs unused, a deeper one cannot be filled.
     if len(past_key_values) < layers or (len(past_key_values) > layers and not config.is_encoder_decoder):
@@ -77,6 +76,32 @@ def to_cache(
     if static is not None:
         cache = _filled(static, past_key_values, dict.fromkeys(range(layers), (None, None)))
     return EncoderDecoderCache(cache, DynamicCache()) if config.is_encoder_decoder else cache
+
+
+def check_takes_prefix(config: PreTrainedConfig) -> None:
+    """Checks that a model of `config` takes a prefix, of whatever dimensions.
+
+    Raises:
+        InvalidRequest: a layer keeps something other than keys and values (state-space layers, latent attention), or
+            the architecture takes no cache (RWKV).
+    """
+    decoder = config.get_text_config(decoder=True)
+    _check_takes_cache(config, decoder)
+    _check_layers(decoder)
+
+
+def provisioned(config: PreTrainedConfig) -> tuple[int, int, int]:
+    """Returns the layers, heads and head size of a prefix that has room for every layer of a model's decoder.
+
+    Raises:
+        InvalidRequest: the config does not give the heads and the head size of a layer as numbers.
+    """
+    decoder = config.get_text_config(decoder=True)
+    shapes = [_layer_shape(decoder, layer) for layer in range(_num_layers(decoder))]
+    heads, sizes = ([number for number in numbers if number is not None] for numbers in zip(*shapes, strict=True))
+    if len(heads) < len(shapes) or len(sizes) < len(shapes):
+        raise InvalidRequest(f"the config of {decoder.model_type} does not give the heads and head size of its layers")
+    return len(shapes), max(heads), max(sizes)
 
 
 def skips_layers(past_key_values: Pairs, config: PreTrainedConfig) -> bool:

@@ -62,13 +62,13 @@ def padding_shows(model: Model, length: int) -> bool:
         return True
     if not follows_mask(model) or getattr(decoder.config, "cross_attention_layers", None):
         return True
-    if length > _rope_changes_behind(decoder.config) or length >= _scale_changes_at(decoder.config):
+    if length > rope_changes_behind(decoder.config) or length >= _scale_changes_at(decoder.config):
         return True
     windows = (getattr(layer, "sliding_window", None) for layer in DynamicCache(config=decoder.config).layers)
     return any(window is not None and length > window for window in windows)
 
 
-def _rope_changes_behind(config: Any) -> float:
+def rope_changes_behind(config: Any) -> float:
     """Returns the length up to which a row's rotary frequencies do not depend on the longest row of its batch."""
     ropes = getattr(config, "rope_parameters", None) or {}
     each = [ropes] if "rope_type" in ropes else [rope for rope in ropes.values() if isinstance(rope, dict)]

@@ -1,0 +1,44 @@
+"""Writes the folder of an adapter, which `publish` takes."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from prefix_service.errors import Conflict, StorageFailed
+from prefix_service.prefix.config import write_config
+from prefix_service.prefix.file_names import CONFIG_NAME, RECIPE_NAME, WEIGHTS_NAME
+
+
+def check_folder(folder: Path) -> None:
+    """Checks that a folder has no adapter yet.
+
+    Raises:
+        Conflict: the folder contains one of an adapter's files already.
+    """
+    for name in (CONFIG_NAME, WEIGHTS_NAME, RECIPE_NAME):
+        if (folder / name).exists():
+            raise Conflict(f"{folder / name} exists: choose an empty folder")
+
+
+def write_folder(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], recipe: Mapping[str, str] | None = None
+) -> None:
+    """Writes an adapter's config, tensors and, if there is one, recipe to a folder, created if it does not exist.
+
+    Raises:
+        Conflict: the folder contains one of the files already.
+        StorageFailed: the folder cannot be written.
+    """
+    check_folder(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(dict(tensors), folder / WEIGHTS_NAME)
+        if recipe is not None:
+            (folder / RECIPE_NAME).write_text(json.dumps(dict(recipe), indent=2, sort_keys=True) + "\n")
+        (folder / CONFIG_NAME).write_bytes(write_config(dict(config)) + b"\n")
+    except OSError as error:
+        raise StorageFailed(f"{folder} cannot be written: {error.strerror}") from error
