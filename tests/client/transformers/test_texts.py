@@ -53,7 +53,8 @@ def tokenizer(template: str | None = None, *, ends: bool = False) -> Any:
         single="<s> $A </s>" if ends else "<s> $A", special_tokens=[("<s>", 0), ("</s>", 1)]
     )
     special_tokens = {"bos_token": "<s>", "eos_token": "</s>"}
-    found = PreTrainedTokenizerFast(tokenizer_object=core, **special_tokens)
+    made: Any = PreTrainedTokenizerFast  # which has no types
+    found = made(tokenizer_object=core, **special_tokens)
     found.add_special_tokens({"additional_special_tokens": special[2:]})
     found.chat_template = template
     return found

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from prefix_service.cli.console import errors_console, human_bytes, print_json, say, working
+from prefix_service.cli.console import errors_console, print_json, say, working
 from prefix_service.cli.options import DEFAULT_URL, ApiKey, Json, Url, connect
 from prefix_service.errors import InvalidRequest, NotFound, QuotaExceeded, TooLarge
+from prefix_service.system.sizes import human_bytes
 
 if TYPE_CHECKING:
     from prefix_service.client import PrefixClient
