@@ -101,7 +101,7 @@ def require_same(found: Any, expected: Any, width: int, theirs: int) -> None:
     [
         *("llama", "gpt2", "qwen3", "opt", "bloom", "falcon-grouped", "falcon-alibi-16-heads", "gpt-bigcode"),
         *("mistral", "mistral-short-window", "gemma2-short-window", "gemma3", "gemma3-short-window", "gemma4"),
-        *("gemma4-shared-layers", "gemma4-wider-sliding-layers", "mpt", "gpt-neo-local"),
+        *("gemma4-shared-layers", "gemma4-wider-sliding-layers", "mpt", "gpt-neo-local", "bart-decoder"),
     ],
 )
 def test_behind_compiled_tokens_a_model_says_what_it_says_behind_the_tokens(
@@ -240,22 +240,34 @@ def test_where_frequencies_change_with_the_length_the_text_is_read_in_one_piece(
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
     rope |= {"original_max_position_embeddings": 8}
     model = replace(NAMED["llama"], config={**NAMED["llama"].config, "rope_parameters": rope}).build()
-    compiled = compile_prefix(model, token_ids=TEXT[0].tolist())
-    pairs = compiled.flat.view(12, 3, 2, 2, 8).permute(1, 2, 3, 0, 4)[:, :, None]  # (L, 2, 1, H, N, D)
+    require_logits_of_text(model, heads=2)
+
+
+def test_a_causal_model_whose_config_has_no_decoder_is_compiled_for() -> None:
+    """GPT-NeoX (Pythia) is causal, although `is_decoder` is false in its config."""
+    require_logits_of_text(_tiny("GPTNeoX", "cpu", intermediate_size=48, initializer_range=0.15), heads=4)
+
+
+def require_logits_of_text(model: Any, heads: int) -> None:
+    """Checks the logits behind a compiled text, of a model with heads of size 8."""
+    flat = compile_prefix(model, token_ids=TEXT[0].tolist()).flat
+    # (N, L*2*H*D) -> (L, 2, 1, H, N, D)
+    pairs = flat.view(12, -1, 2, heads, 8).permute(1, 2, 3, 0, 4)[:, :, None]
     cache = to_cache([(pair[0], pair[1]) for pair in pairs], model.config)
     positions = torch.arange(12, 12 + ROWS[0].shape[1])[None]
-    found = model(ROWS[0], past_key_values=cache, position_ids=positions).logits
-    expected = model(torch.cat([TEXT, ROWS[0]], 1)).logits[:, 12:]
+    with torch.no_grad():
+        found = model(ROWS[0], past_key_values=cache, position_ids=positions).logits
+        expected = model(torch.cat([TEXT, ROWS[0]], 1)).logits[:, 12:]
     torch.testing.assert_close(found, expected, rtol=0, atol=5e-5)
 
 
 # --- Refusals ---
 
 
-def _tiny(family: str, **more: Any) -> Any:
+def _tiny(family: str, device: str = "meta", **more: Any) -> Any:
     config = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4} | more
     auto: Any = transformers.AutoModelForCausalLM
-    with torch.device("meta"):
+    with torch.device(device):
         return auto.from_config(getattr(transformers, f"{family}Config")(vocab_size=64, **config)).eval()
 
 
@@ -263,16 +275,25 @@ def _tiny(family: str, **more: Any) -> Any:
     ("build", "message"),
     [
         (lambda: base("t5"), "t5 is an encoder-decoder model"),
-        (lambda: base("bert-token"), "attention of bert is not causal"),
+        (lambda: base("bert-token"), "BertForTokenClassification is no language model"),
+        (lambda: _tiny("Bert", "cpu", initializer_range=0.15), "attention of BertLMHeadModel is not causal"),
         (lambda: _tiny("DeepseekV3", num_key_value_heads=4), "deepseek_v3 keeps compressed keys and values"),
         (lambda: _tiny("Mamba"), "MambaModel takes no past_key_values|of type"),
         (lambda: NAMED["llama"].build().train(), "the model is in training"),
         (lambda: base("llama").model, "LlamaModel is no language model"),
     ],
-    ids=["encoder-decoder", "encoder", "latent attention", "state space", "training", "no language model"],
+    ids=[
+        "encoder-decoder",
+        "classifier",
+        "encoder",
+        "latent attention",
+        "state space",
+        "training",
+        "no language model",
+    ],
 )
 def test_a_model_that_cannot_be_compiled_for_is_named(build: Callable[[], Any], message: str) -> None:
-    """The error comes before any forward pass: these models compute nothing."""
+    """The error comes before the tokens are read: models on the device `meta` compute nothing."""
     with pytest.raises(InvalidRequest, match=message):
         compile_prefix(build(), token_ids=[5, 6])
 

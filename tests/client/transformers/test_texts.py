@@ -53,8 +53,7 @@ def tokenizer(template: str | None = None, *, ends: bool = False) -> Any:
         single="<s> $A </s>" if ends else "<s> $A", special_tokens=[("<s>", 0), ("</s>", 1)]
     )
     special_tokens = {"bos_token": "<s>", "eos_token": "</s>"}
-    made: Any = PreTrainedTokenizerFast  # which has no types
-    found = made(tokenizer_object=core, **special_tokens)
+    found: Any = PreTrainedTokenizerFast(tokenizer_object=core, **special_tokens)  # type: ignore[no-untyped-call]
     found.add_special_tokens({"additional_special_tokens": special[2:]})
     found.chat_template = template
     return found

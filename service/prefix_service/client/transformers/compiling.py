@@ -27,6 +27,8 @@ Progress = Callable[[int, int], None]
 
 _CHUNK: Final = 512  # tokens of one call of the model
 _STORED: Final = (torch.float32, torch.float16, torch.bfloat16)
+_SAME: Final = 0.05
+"""The most by which keys differ that another shape of batch rounds differently, in half precision too."""
 _MOST_NAME: Final = 1000  # characters of a name in the recipe
 
 
@@ -115,24 +117,18 @@ def compile_prefix(
 
 
 def check_compiles(config: PreTrainedConfig) -> None:
-    """Checks that tokens in front of the input of a model of `config` are a prefix of it.
+    """Checks that a prefix fits a model of `config`, and stands where text does: in front of all that it reads.
 
     Raises:
-        InvalidRequest: the model is no causal decoder, or takes no prefix.
+        InvalidRequest: the model has an encoder, or takes no prefix.
         DimensionMismatch: its layers differ in shape, so that no prefix fits.
     """
-    decoder = config.get_text_config(decoder=True)
     if config.is_encoder_decoder:
         raise InvalidRequest(
             f"{config.model_type} is an encoder-decoder model, in which text and virtual tokens stand before the "
             "encoder, and a prefix in the decoder: nothing can be compiled for it"
         )
     check_takes_prefix(config)
-    if getattr(decoder, "is_decoder", True) is False:
-        raise InvalidRequest(
-            f"attention of {decoder.model_type} is not causal (is_decoder is false): what follows a text changes its "
-            "keys and values, so it cannot be compiled"
-        )
     layers, heads, size = provisioned(config)
     probe = torch.zeros(1, heads, 1, size)
     to_cache([(probe, probe)] * layers, config)
@@ -165,6 +161,27 @@ def _check_model(model: Model) -> None:
         raise InvalidRequest("the model is in training, where dropout changes keys and values: call model.eval()")
     if not model.can_generate():
         raise InvalidRequest(f"{type(model).__name__} is no language model: load it with AutoModelForCausalLM")
+    if getattr(decoder_of(model).config, "is_decoder", True) is False:  # BERT as an encoder; but GPT-NeoX has it too
+        _check_causal(model)
+
+
+def _check_causal(model: Model) -> None:
+    """Checks that a second token does not change the keys of the first.
+
+    Raises:
+        InvalidRequest: it does.
+    """
+    ids = torch.arange(2, device=model.get_input_embeddings().weight.device)[None]
+    caches = [_read(model, _Input("input_ids", ids[:, :tokens]), None) for tokens in (1, 2)]
+    if all(cache.layers for cache in caches):
+        layers: list[Any] = [cache.layers[-1] for cache in caches]
+        alone, together = (layer.keys[:, :, :1].float() for layer in layers)
+        if (together - alone).norm() < _SAME * alone.norm():
+            return
+    raise InvalidRequest(
+        f"attention of {type(model).__name__} is not causal (is_decoder is false in its config): what follows a text "
+        "changes its keys and values, so it cannot be compiled"
+    )
 
 
 def _of_soft_prompt(model: Model, prompt: SoftPrompt, progress: Progress | None) -> CompiledPrefix:
