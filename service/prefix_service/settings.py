@@ -235,9 +235,8 @@ def variable(name: str) -> str:
 
 
 def is_secret(name: str) -> bool:
-    """Returns whether the value of a setting must not be shown."""
-    field = Settings.model_fields.get(name)
-    return field is not None and "SecretStr" in str(field.annotation)
+    """Returns whether the value of a setting must not be shown: a URL can contain a password."""
+    return name.endswith("_url")
 
 
 def unknown_variables(environment: Iterable[tuple[str, str]]) -> list[tuple[str, str | None]]:

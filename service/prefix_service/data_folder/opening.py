@@ -132,8 +132,9 @@ def opened(settings: Settings) -> Iterator[int | None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise Conflict(f"another prefix-service runs on the data folder {data_dir}: stop it first") from error
-        os.truncate(handle, 0)
-        os.write(handle, secrets.token_hex(8).encode())
+        with translated(f"write {data_dir / 'lock'}"):
+            os.truncate(handle, 0)
+            os.write(handle, secrets.token_hex(8).encode())
         with _prepared(settings):
             yield handle
     finally:

@@ -56,7 +56,8 @@ class Call(NamedTuple):
     @property
     def scope(self) -> str:
         """Returns the smallest scope that the route accepts."""
-        if "/keys" in self.template or self.template.endswith(("/audit", "/usage", "/timeline", "/v1/tenants")):
+        of_admins = ("/audit", "/usage", "/timeline", "/v1/tenants", "/v1/replicas")
+        if "/keys" in self.template or self.template.endswith(of_admins):
             return "admin"
         if self.template == "/v1/tenants/{tenant}" and self.method in ("PUT", "DELETE"):
             return "admin"

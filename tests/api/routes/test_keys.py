@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from prefix_service.settings import Settings
 from tests.api.helpers import problem
 from tests.conftest import Server, running_server
 from tests.processes import eventually
@@ -54,7 +55,7 @@ def test_a_key_says_what_it_is(server: Server, admin: httpx.Client, owner: str |
     answer = server.client(key["key"]).get("/v1/whoami")
     assert answer.status_code == 200
     expected = {"id": key["id"], "name": "ci", "tenant": owner, "scope": scope, "expires": key["expires"]}
-    assert answer.json() == expected
+    assert answer.json() == expected | {"max_upload_bytes": Settings().max_upload_bytes}
 
 
 def test_dev_mode_is_a_platform_admin(tmp_path: Path) -> None:
@@ -66,6 +67,7 @@ def test_dev_mode_is_a_platform_admin(tmp_path: Path) -> None:
             "tenant": None,
             "scope": "admin",
             "expires": None,
+            "max_upload_bytes": Settings().max_upload_bytes,
         }
 
 
