@@ -136,7 +136,7 @@ def make_plan(version: Version, request: PrefixRequest, mask: InputMask | None, 
         is_encoder_decoder=_is_encoder_decoder(config),
     )
     file = PrefixFile(identity, variant, extras)
-    _ = file.content_length, file.rendering_nbytes, file.planned_nbytes  # here, and not on the event loop
+    file.plan()  # here, and not on the event loop
     return Plan(version, file, _entity_tag(version, file))
 
 

@@ -58,16 +58,12 @@ class Slot(NamedTuple):
     times: int = 1
 
 
-class _ByteRun(NamedTuple):
-    """The bytes `start:stop` of a rendering's buffer, sent `times` times."""
+_ByteRun = tuple[BufferName, int, int, int]
+"""The bytes `start:stop` of a rendering's buffer, by its name, and how many times they are sent.
 
-    source: BufferName
-    start: int
-    stop: int
-    times: int
-
-    def piece(self, rendering: Rendering) -> Piece:
-        return rendering.bytes_of(self.source)[self.start : self.stop], self.times
+Plans are kept, and may have thousands of runs: a collection of garbage does not look through plain tuples of texts and
+numbers, as it would through instances of a class.
+"""
 
 
 def write_header(metadata: Mapping[str, Any], tensors: Iterable[TensorSpec | Slot]) -> bytes:
@@ -167,6 +163,13 @@ class PrefixFile:
         """The size of the whole file in bytes."""
         return len(self.header) + sum(slot.nbytes for slot in self._slots)
 
+    def plan(self) -> None:
+        """Computes everything that is needed to send the file, and keeps nothing else: milliseconds for a thousand
+        layers.
+        """
+        _ = self.content_length, self.rendering_nbytes, self.planned_nbytes
+        self.__dict__.pop("_slots")
+
     def around_values(self) -> tuple[bytes, bytes]:
         """Returns the bytes in front of keys and values and behind them, for a
         file that sends them once and without scales.
@@ -174,7 +177,7 @@ class PrefixFile:
         before, after = bytearray(), bytearray()
         found = before
         for part in self._parts:
-            if isinstance(part, _ByteRun):
+            if isinstance(part, tuple):
                 found = after
             else:
                 found += part if isinstance(part, bytes) else b"".join(chunks_of(part.pieces()))
@@ -198,8 +201,9 @@ class PrefixFile:
                     parts.append(extra)
                 continue
             run = self._run_of(slot, slot.source)
-            if isinstance(last, _ByteRun) and _adjoin(last, run):
-                parts[-1] = _ByteRun(last.source, last.start, run.stop, 1)
+            if isinstance(last, tuple) and _adjoin(last, run):
+                source, start, _, _ = last
+                parts[-1] = source, start, run[2], 1
             else:
                 parts.append(run)
         return parts
@@ -213,13 +217,13 @@ class PrefixFile:
         row = slot.nbytes // slot.times
         # (layer, part) of (L', 2, …) in the order of memory; one tensor of all begins at 0
         start = row * (2 * slot.row_index[0] + slot.row_index[1]) if slot.row_index else 0
-        return _ByteRun(source, start, start + row, slot.times)
+        return source, start, start + row, slot.times
 
     def pieces(self, rendering: Rendering) -> Iterator[Piece]:
         """Yields the bytes of the file in order; a repeated row is one piece with its number of repetitions."""
         for part in self._parts:
-            if isinstance(part, _ByteRun):
-                yield part.piece(rendering)
+            if isinstance(part, tuple):
+                yield _piece(part, rendering)
             elif isinstance(part, bytes):
                 yield part, 1
             else:
@@ -237,7 +241,7 @@ class PrefixFile:
         slot = self.tensors[name]
         if slot.source == "extra":
             return chunks_of(self.extras[name].pieces())
-        return chunks_of([self._run_of(slot, slot.source).piece(rendering)])
+        return chunks_of([_piece(self._run_of(slot, slot.source), rendering)])
 
 
 def chunks_of(pieces: Iterable[Piece]) -> Iterator[Bytes]:
@@ -274,6 +278,11 @@ def _clipped(pieces: Iterable[Piece], start: int, stop: int) -> Iterator[Piece]:
             yield row[: last - tail * size], 1
 
 
+def _piece(run: _ByteRun, rendering: Rendering) -> Piece:
+    source, start, stop, times = run
+    return rendering.bytes_of(source)[start:stop], times
+
+
 def _adjoin(first: _ByteRun, second: _ByteRun) -> bool:
     """Returns whether two runs are adjacent and sent once, so that they can be joined."""
-    return first.source == second.source and first.stop == second.start and first.times == second.times == 1
+    return (first[0], first[2], first[3]) == (second[0], second[1], 1) and second[3] == 1
