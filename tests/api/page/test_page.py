@@ -614,6 +614,117 @@ def test_the_console_asks_its_own_origin_alone(admin_page: Seen) -> None:
     expect(page.get_by_label("The answer")).to_contain_text('"max_adapters": 3')
 
 
+def test_enter_does_what_a_dialog_is_for(service: Server, admin_page: Seen) -> None:
+    """Whoever types a name and presses Enter has made the tenant or the alias, and not closed the dialog."""
+    page, dialog = admin_page.page, admin_page.page.get_by_role("dialog")
+    admin_page.open("tenants", "Tenants and keys")
+    page.get_by_role("button", name="New tenant").click()
+    dialog.get_by_label("Name").fill("entered")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("row").filter(has_text="entered")).to_be_visible()
+    admin_page.open("adapters/acme/summarize@3", "acme/summarize")
+    page.get_by_role("button", name="New alias").click()
+    dialog.get_by_label("Name").fill("entered")
+    page.keyboard.press("Enter")
+    expect(dialog.get_by_role("heading")).to_have_text("entered points at 3 now")
+    service.client().delete("/v1/tenants/acme/adapters/summarize/aliases/entered")
+
+
+def _drop(page: Page, folder: str) -> None:
+    """Drops an adapter's folder onto the page."""
+    page.locator(".drop").evaluate(
+        """(place, folder) => {
+            const files = ["adapter_config.json", "adapter_model.safetensors"].map((name) =>
+                Object.defineProperty(new File(["{}"], name), "webkitRelativePath", {value: `${folder}/${name}`}));
+            place.dispatchEvent(Object.assign(new Event("drop", {bubbles: true}), {dataTransfer: {items: [], files}}));
+        }""",
+        folder,
+    )
+
+
+def test_the_name_of_an_upload(service: Server, admin_page: Seen, adapter_folder: Path) -> None:
+    """It is that of the folder that was dropped last, unless somebody typed one; after a publication none is left over,
+    and mended files can be chosen again."""
+    page = admin_page.page
+    admin_page.open("adapters/acme", "Adapters of acme")
+    name, picker = page.get_by_label("Name of the adapter"), page.get_by_label("Files of an adapter")
+    for folder in ("first", "second"):
+        _drop(page, folder)
+        expect(name).to_have_value(folder)
+    name.fill("typed")
+    _drop(page, "third")
+    expect(page.get_by_text("2 files, 4 B")).to_be_visible()
+    expect(name).to_have_value("typed")
+    picker.set_input_files(list(adapter_folder.iterdir()))
+    expect(picker).to_have_value("")
+    page.get_by_role("button", name="Publish").click()
+    expect(page.get_by_role("status").filter(has_text="ublished: ")).to_contain_text("acme/typed@1")
+    picker.set_input_files(list(adapter_folder.iterdir()))
+    expect(name).to_have_value("")
+    assert service.client().delete("/v1/tenants/acme/adapters/typed").status_code == 204
+
+
+def test_the_first_upload_of_a_service(admin_page: Seen, adapter_folder: Path) -> None:
+    """Without any tenant, it names one; the line for the worker stays in view."""
+    page = admin_page.page
+    page.route("**/v1/tenants?**", lambda route: route.fulfill(json={"items": [], "next": None}))
+    admin_page.open("adapters", "Adapters")
+    page.get_by_label("Name of the tenant").fill("newcomer")
+    page.get_by_label("Files of an adapter").set_input_files(list(adapter_folder.iterdir()))
+    page.get_by_label("Name of the adapter").fill("first")
+    page.get_by_role("button", name="Publish").click()
+    page.wait_for_load_state("networkidle")
+    expect(page.get_by_text('client.get("newcomer/first@1"')).to_be_visible()
+    expect(page.get_by_text("There is no tenant yet")).to_have_count(0)
+
+
+def test_copying_without_tls(seen: Seen, service: Server) -> None:
+    """Browsers give a page of another machine no clipboard unless it comes over TLS; a key in a dialog, which makes the
+    rest of the page inert, is copied nevertheless."""
+    seen.page.add_init_script("Object.defineProperty(Navigator.prototype, 'clipboard', {value: undefined})")
+    seen.sign_in(service.admin_key)
+    page = seen.page
+    seen.open("tenants/acme", "acme")
+    page.get_by_role("button", name="New key").click()
+    page.get_by_role("button", name="Make it").click()
+    key = page.locator("pre.secret").inner_text()
+    page.get_by_role("button", name="Copy the key").click()
+    expect(page.get_by_role("button", name="Copied")).to_be_visible()
+    page.get_by_role("button", name="I have it").click()
+    seen.open("console", "Console")
+    page.get_by_label("Path").fill("")
+    page.get_by_label("Path").press("Control+V")
+    expect(page.get_by_label("Path")).to_have_value(key)
+
+
+def test_a_link_to_an_old_entry_of_the_audit(service: Server, admin_page: Seen) -> None:
+    """The view goes back until it has the entry, however many are newer; the entry names the key that did it."""
+    page = admin_page.page
+    oldest = service.client().get("/v1/audit", params={"limit": 1000}).json()["items"][-1]
+    page.route("**/v1/audit?**", lambda route: route.continue_(url=route.request.url.replace("limit=500", "limit=5")))
+    page.goto(f"{admin_page.url}/ui#/audit/{oldest['id']}")
+    row = page.get_by_role("row").filter(has_text=oldest["action"])
+    expect(row.get_by_role("link")).to_have_attribute("href", f"#/audit/{oldest['id']}")
+    expect(row).to_contain_text(oldest["key_name"] or oldest["key_id"])
+
+
+def test_bytes_in_the_console(service: Server, admin_page: Seen) -> None:
+    """An answer that is no text is not written out as if it were some; the size is."""
+    page = admin_page.page
+    admin_page.open("console", "Console")
+    page.get_by_label("Path").fill("v1/tenants/acme/adapters/summarize@1/prefix")
+    page.get_by_role("button", name="Send").click()
+    expect(page.get_by_label("The answer")).to_contain_text("that are no text: save them with curl -o FILE")
+
+
+def test_the_most_read_come_first(admin_page: Seen) -> None:
+    """Adapters are sorted by what the API sorts by, reads included."""
+    admin_page.open("adapters/acme", "Adapters of acme")
+    with admin_page.page.expect_response(re.compile("sort=-used")) as answered:
+        admin_page.page.get_by_label("Sort by").select_option("most read")
+    assert answered.value.status == 200
+
+
 def test_a_tenants_admin_sees_the_tenant(service: Server, seen: Seen) -> None:
     """A tenant's admin manages its keys and reads its usage and audit, and sees nothing of the platform."""
     made = service.client().post("/v1/tenants/acme/keys", json={"scope": "admin"}).json()

@@ -48,10 +48,15 @@ async function send(method, path, { json, text, headers = {}, ...rest } = {}) {
   throw await problemOf(answer);
 }
 
+// JSON as it was parsed, text, or the bytes of anything else.
+function contentOf(answer, type) {
+  return type.includes("json") ? answer.json() : type.startsWith("text/") ? answer.text() : answer.blob();
+}
+
 export async function call(method, path, options) {
   const answer = await send(method, path, options);
   const type = answer.headers.get("Content-Type") || "";
-  const value = answer.status === 204 ? null : type.includes("json") ? await answer.json() : await answer.text();
+  const value = answer.status === 204 ? null : await contentOf(answer, type);
   return options?.whole ? { value, headers: answer.headers, status: answer.status } : value;
 }
 
