@@ -63,6 +63,7 @@ def test_a_key_that_is_revoked_is_signed_out(service: Server, seen: Seen) -> Non
     seen.sign_in(made["key"])
     assert service.client().delete(f"/v1/keys/{made['id']}").status_code == 204
     expect(seen.page.get_by_label("Key", exact=True)).to_be_visible()
+    expect(seen.page.get_by_role("status").filter(has_text="Your session has ended")).to_be_visible()
     seen.expect_refusal(401)
 
 
@@ -519,6 +520,28 @@ def test_foreign_text_is_text(service: Server, admin_page: Seen) -> None:
     admin_page.open("console", "Console")
     expect(page.get_by_text("acme/adapters/hostile?%3Cscript").first).to_be_visible()
     _require_text(page)
+
+
+def test_names_that_every_object_has(service: Server, admin_page: Seen) -> None:
+    """An address or a config with the name of what JavaScript's objects inherit is nothing special."""
+    page = admin_page.page
+    for name in ("constructor", "__proto__"):
+        page.goto(f"{admin_page.url}/ui#/{name}")
+        expect(page.get_by_text("There is no such view")).to_be_visible()
+    for config in (CONFIG, {**CONFIG, "constructor": 1}):
+        assert upload(service.client(), "acme", "inherited", config, weights(1)).status_code == 201
+    admin_page.open("adapters/acme/inherited@2", "acme/inherited")
+    page.get_by_label("Compare with version").select_option("1")
+    expect(page.get_by_role("row").filter(has_text="constructor")).to_contain_text("absent1")
+
+
+def test_characters_that_nobody_sees(admin_page: Seen) -> None:
+    """Those that hide text or turn its direction are written out; the ends of lines of Windows are ends of lines."""
+    shown = admin_page.page.evaluate(
+        "async (text) => (await import(`${location.origin}/ui/format.js`)).visible(text)",
+        "a\tb\r\nc\nsoft\u00adhyphen \u202eturned \U000e0041tag \u2028line",
+    )
+    assert shown == "a\tb\nc\nsoft⟨U+00AD⟩hyphen ⟨U+202E⟩turned ⟨U+E0041⟩tag ⟨U+2028⟩line"
 
 
 @pytest.mark.parametrize(("heads", "tokens"), [(128, 8), (1, 4096)])

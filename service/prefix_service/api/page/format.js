@@ -51,11 +51,11 @@ export function ago(text) {
   return `${Math.round(seconds / 86400)} days ago`;
 }
 
-const INVISIBLE = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]/g;
+const INVISIBLE = /(?![\t\n])[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu; // controls, formats, separators of lines and paragraphs
 
 // What others wrote, as it is: characters that would hide text or turn its direction are written out.
 export function visible(text) {
-  return String(text).replace(INVISIBLE, (c) => `⟨U+${c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`);
+  return String(text).replaceAll("\r\n", "\n").replace(INVISIBLE, (c) => `⟨U+${c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`);
 }
 
 export function shortened(text, most = 80) {

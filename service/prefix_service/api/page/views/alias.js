@@ -12,9 +12,9 @@ const PLATFORM = "platform"; // how a tenant's usage names every key of the plat
 
 // What differs between two configs: [name, before, after].
 export function differences(before, after) {
-  const written = (value) => (value === undefined ? "absent" : JSON.stringify(value));
+  const written = (config, name) => (Object.hasOwn(config, name) ? JSON.stringify(config[name]) : "absent");
   const names = [...new Set([...Object.keys(before), ...Object.keys(after)])].sort();
-  return names.map((name) => [name, written(before[name]), written(after[name])]).filter(([, old, now]) => old !== now);
+  return names.map((name) => [name, written(before, name), written(after, name)]).filter(([, old, now]) => old !== now);
 }
 
 // A dialog in two steps: what a move changes, and afterwards the way back, with who still reads the old version.
