@@ -740,6 +740,16 @@ def test_bytes_in_the_console(service: Server, admin_page: Seen) -> None:
     expect(page.get_by_label("The answer")).to_contain_text("that are no text: save them with curl -o FILE")
 
 
+def test_usage_of_days(admin_page: Seen) -> None:
+    """Curves of more than a day and a half name the days, and say from when they are."""
+    page = admin_page.page
+    admin_page.open("usage", "Usage")
+    page.get_by_label("Of the last").select_option("720")
+    chart = page.get_by_role("img", name=re.compile("^Since [0-9]+ [A-Z][a-z]+, [0-9]{2}:[0-9]{2}; now requests: "))
+    chart.hover()
+    expect(page.locator(".u-legend")).to_contain_text(re.compile("[0-9]+ [A-Z][a-z]{2}"))
+
+
 def test_the_most_read_come_first(admin_page: Seen) -> None:
     """Adapters are sorted by what the API sorts by, reads included."""
     admin_page.open("adapters/acme", "Adapters of acme")

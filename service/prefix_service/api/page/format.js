@@ -42,6 +42,12 @@ export function clock(at) {
   return text.endsWith(":00") ? text.slice(0, 5) : text;
 }
 
+// The day of a moment in seconds.
+export function day(at) {
+  const zone = inUtc.value ? { timeZone: "UTC" } : {};
+  return new Date(at * 1000).toLocaleDateString("en-GB", { day: "numeric", month: "short", ...zone });
+}
+
 export function ago(text) {
   if (!text) return "never";
   const seconds = (Date.now() - new Date(text)) / 1000;
