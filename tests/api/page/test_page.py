@@ -1,5 +1,6 @@
 """The page in a browser: every view and flow."""
 
+import json
 import re
 import sqlite3
 from contextlib import closing
@@ -748,6 +749,50 @@ def test_usage_of_days(admin_page: Seen) -> None:
     chart = page.get_by_role("img", name=re.compile("^Since [0-9]+ [A-Z][a-z]+, [0-9]{2}:[0-9]{2}; now requests: "))
     chart.hover()
     expect(page.locator(".u-legend")).to_contain_text(re.compile("[0-9]+ [A-Z][a-z]{2}"))
+
+
+def test_the_first_numbers(admin_page: Seen) -> None:
+    """A chart of a single moment, or of none, shows ten minutes and no years."""
+    spans = admin_page.page.evaluate(
+        "async (all) => { const { range } = await import(`${location.origin}/ui/views/chart.js`);"
+        " return all.map((at) => range({ data: [at] })); }",
+        [[1_800_000_000], [], [1_800_000_000, 1_800_003_600]],
+    )
+    assert spans == [[1_799_999_400, 1_800_000_000], [0, 600], [1_800_000_000, 1_800_003_600]]
+
+
+def test_now_claims_only_what_it_knows(admin_page: Seen) -> None:
+    """Nothing is said of memory without its numbers, which a tenant does not get; no failure is not no request."""
+    page = admin_page.page
+    quiet = {"seconds": 5, "at": [1_800_000_000], "requests": [3], "bytes": [1], "cold_loads": [0], "p50": [0.1]}
+    quiet |= {"p99": [0.1], "problems": {}, "in_flight": [0], "in_flight_limit": None, "tiers": [], "tenants": []}
+    body = f"data: {json.dumps(quiet)}\n\n"
+    page.route("**/v1/live?**", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
+    admin_page.open("adapters/acme", "Adapters of acme")
+    admin_page.open("now", "Now")
+    expect(page.get_by_text("Nothing needs attention: in the last minute")).to_be_visible()
+    expect(page.get_by_text("No request was refused and none failed in the last hour.")).to_be_visible()
+    quiet["problems"] = {"unavailable": [2]}
+    page.unroute("**/v1/live?**")
+    body = f"data: {json.dumps(quiet)}\n\n"
+    page.route("**/v1/live?**", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
+    admin_page.open("adapters/acme", "Adapters of acme")
+    admin_page.open("now", "Now")
+    expect(page.locator(".notice.bad")).to_contain_text("unavailable: 2 in the last minute")
+
+
+def test_two_fields_at_once(admin_page: Seen) -> None:
+    """Whoever fills one field right after another has both."""
+    page = admin_page.page
+    admin_page.open("adapters/acme", "Adapters of acme")
+    with page.expect_response(re.compile("search=summar&base_model=none")):
+        page.evaluate(
+            """() => [["[type=search]", "summar"], ["[placeholder='exact name']", "none"]].forEach(([which, text]) => {
+                const field = document.querySelector(which);
+                field.value = text;
+                field.dispatchEvent(new Event("input", {bubbles: true}));
+            })"""
+        )
 
 
 def test_the_most_read_come_first(admin_page: Seen) -> None:

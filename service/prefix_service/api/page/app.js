@@ -5,7 +5,7 @@ import { useEffect, useState } from "./vendor/hooks.js";
 import { effect, signal } from "./vendor/signals.js";
 import { isPlatform, may, me, signOut, whoami } from "./api.js";
 import { inUtc } from "./format.js";
-import { Dialog, Failure, say, Text, Toast } from "./parts.js";
+import { Dialog, Failure, say, Text, Title, Toast } from "./parts.js";
 import { SignIn } from "./views/signin.js";
 
 const route = signal([]);
@@ -56,7 +56,7 @@ function Frame() {
       </div>
     </header>
     <main>${chosen ? html`<${Lazy} key=${`${chosen}/${rest.join("/")}`} load=${VIEWS[chosen][2]} names=${rest} />`
-      : html`<div class="notice">There is no such view, or your key may not see it. <a href="#/now">Go to Now</a>
+      : html`<${Title}>Nothing here</${Title}><div class="notice">There is no such view, or your key may not see it. <a href="#/now">Go to Now</a>
         </div>`}
     </main>
     ${helpIsOpen.value && html`<${Help} />`}

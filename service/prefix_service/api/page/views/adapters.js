@@ -49,10 +49,11 @@ function OfTenant({ tenant, beside }) {
   const [sort, setSort] = useState("name");
   const [uploads, setUploads] = useState(0);
   const [owner] = useLoaded(() => get(tenantPath(tenant)), [uploads]);
-  const later = useRef(0);
+  const later = useRef(new Map()); // the timer of each field
   const soon = (set) => (event) => {
-    clearTimeout(later.current);
-    later.current = setTimeout(() => set(event.target.value.trim()), 250);
+    const { value } = event.target;
+    clearTimeout(later.current.get(set));
+    later.current.set(set, setTimeout(() => set(value.trim()), 250));
   };
   return html`<${Title} beside=${beside}>Adapters of ${tenant}</${Title}>
     <div class="row">

@@ -59,6 +59,12 @@ export function Chart({ at, lines }) {
   return html`<div class="chart" ref=${place} role="img" aria-label=${since + words.join(", ")}></div>`;
 }
 
+// The moments between which a chart is drawn; uPlot would show years around a single one.
+export function range({ data: [at] }) {
+  const last = at.at(-1) ?? SHORTEST;
+  return [Math.min(at[0] ?? 0, last - SHORTEST), last];
+}
+
 function when({ scales: { x } }, at) {
   if (x.max - x.min < DAYS) return clock(at);
   return clock(at) === "00:00" ? day(at) : `${day(at)} ${clock(at)}`;
@@ -73,7 +79,7 @@ function options(lines, element) {
   return {
     ...size(element),
     cursor: { drag: { setScale: false } },
-    scales: { x: { range: (_plot, low, high) => [Math.min(low, high - SHORTEST), high] }, y: { range: (_plot, _low, high) => [0, high > 0 ? high * 1.1 : 1] } },
+    scales: { x: { range }, y: { range: (_plot, _low, high) => [0, high > 0 ? high * 1.1 : 1] } },
     axes: [{ ...axis, space: 90, values: (plot, moments) => moments.map((at) => when(plot, at)) }, { ...axis, size: 74, values: (_plot, values) => values.map(write) }],
     series: [
       { label: "time", value: (plot, at) => (at == null ? "–" : when(plot, at)) },
