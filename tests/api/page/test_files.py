@@ -8,6 +8,7 @@ from typing import Final
 
 import httpx
 
+from prefix_service import errors
 from prefix_service.api.http.page_files import PAGE_FILES, PAGE_FOLDER
 from prefix_service.api.http.public_pages import CONTENT_SECURITY_POLICY
 from tests.conftest import Server
@@ -51,6 +52,16 @@ def test_no_script_writes_markup_or_text_as_code() -> None:
     forbidden = re.compile(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|localStorage")
     for file in (*PAGE_FOLDER.glob("*.js"), *PAGE_FOLDER.glob("views/*.js")):
         assert forbidden.search(file.read_text()) is None, file
+
+
+def test_every_error_has_words() -> None:
+    """Now says of each code that the service can answer with what it means, and what to do."""
+    of_clients = {"error", "dimension-mismatch", "invalid-response", "connection-failed"}
+    codes = {getattr(errors, name).code for name in errors.__all__} - of_clients
+    words = re.findall(
+        r'^  "([a-z-]+)": \["(?:warn|bad)?", "', (PAGE_FOLDER / "views" / "problems.js").read_text(), re.M
+    )
+    assert set(words) == codes | {"method-not-allowed", "aborted"}
 
 
 def test_they_are_served_under_the_strict_policy(server: Server) -> None:

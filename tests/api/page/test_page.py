@@ -1,5 +1,6 @@
 """The page in a browser: every view and flow."""
 
+import json
 import re
 import sqlite3
 from contextlib import closing
@@ -63,6 +64,7 @@ def test_a_key_that_is_revoked_is_signed_out(service: Server, seen: Seen) -> Non
     seen.sign_in(made["key"])
     assert service.client().delete(f"/v1/keys/{made['id']}").status_code == 204
     expect(seen.page.get_by_label("Key", exact=True)).to_be_visible()
+    expect(seen.page.get_by_role("status").filter(has_text="Your session has ended")).to_be_visible()
     seen.expect_refusal(401)
 
 
@@ -521,6 +523,28 @@ def test_foreign_text_is_text(service: Server, admin_page: Seen) -> None:
     _require_text(page)
 
 
+def test_names_that_every_object_has(service: Server, admin_page: Seen) -> None:
+    """An address or a config with the name of what JavaScript's objects inherit is nothing special."""
+    page = admin_page.page
+    for name in ("constructor", "__proto__"):
+        page.goto(f"{admin_page.url}/ui#/{name}")
+        expect(page.get_by_text("There is no such view")).to_be_visible()
+    for config in (CONFIG, {**CONFIG, "constructor": 1}):
+        assert upload(service.client(), "acme", "inherited", config, weights(1)).status_code == 201
+    admin_page.open("adapters/acme/inherited@2", "acme/inherited")
+    page.get_by_label("Compare with version").select_option("1")
+    expect(page.get_by_role("row").filter(has_text="constructor")).to_contain_text("absent1")
+
+
+def test_characters_that_nobody_sees(admin_page: Seen) -> None:
+    """Those that hide text or turn its direction are written out; the ends of lines of Windows are ends of lines."""
+    shown = admin_page.page.evaluate(
+        "async (text) => (await import(`${location.origin}/ui/format.js`)).visible(text)",
+        "a\tb\r\nc\nsoft\u00adhyphen \u202eturned \U000e0041tag \u2028line",
+    )
+    assert shown == "a\tb\nc\nsoft⟨U+00AD⟩hyphen ⟨U+202E⟩turned ⟨U+E0041⟩tag ⟨U+2028⟩line"
+
+
 @pytest.mark.parametrize(("heads", "tokens"), [(128, 8), (1, 4096)])
 def test_large_tables(service: Server, admin_page: Seen, heads: int, tokens: int) -> None:
     """512 layers, and many heads or tokens: few bytes come and few elements are made, each cell can be read, and the
@@ -612,6 +636,171 @@ def test_the_console_asks_its_own_origin_alone(admin_page: Seen) -> None:
     page.get_by_label("JSON").fill('{"max_adapters": 3}')
     page.get_by_role("button", name="Send").click()
     expect(page.get_by_label("The answer")).to_contain_text('"max_adapters": 3')
+
+
+def test_enter_does_what_a_dialog_is_for(service: Server, admin_page: Seen) -> None:
+    """Whoever types a name and presses Enter has made the tenant or the alias, and not closed the dialog."""
+    page, dialog = admin_page.page, admin_page.page.get_by_role("dialog")
+    admin_page.open("tenants", "Tenants and keys")
+    page.get_by_role("button", name="New tenant").click()
+    dialog.get_by_label("Name").fill("entered")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("row").filter(has_text="entered")).to_be_visible()
+    admin_page.open("adapters/acme/summarize@3", "acme/summarize")
+    page.get_by_role("button", name="New alias").click()
+    dialog.get_by_label("Name").fill("entered")
+    page.keyboard.press("Enter")
+    expect(dialog.get_by_role("heading")).to_have_text("entered points at 3 now")
+    service.client().delete("/v1/tenants/acme/adapters/summarize/aliases/entered")
+
+
+def _drop(page: Page, folder: str) -> None:
+    """Drops an adapter's folder onto the page."""
+    page.locator(".drop").evaluate(
+        """(place, folder) => {
+            const files = ["adapter_config.json", "adapter_model.safetensors"].map((name) =>
+                Object.defineProperty(new File(["{}"], name), "webkitRelativePath", {value: `${folder}/${name}`}));
+            place.dispatchEvent(Object.assign(new Event("drop", {bubbles: true}), {dataTransfer: {items: [], files}}));
+        }""",
+        folder,
+    )
+
+
+def test_the_name_of_an_upload(service: Server, admin_page: Seen, adapter_folder: Path) -> None:
+    """It is that of the folder that was dropped last, unless somebody typed one; after a publication none is left over,
+    and mended files can be chosen again."""
+    page = admin_page.page
+    admin_page.open("adapters/acme", "Adapters of acme")
+    name, picker = page.get_by_label("Name of the adapter"), page.get_by_label("Files of an adapter")
+    for folder in ("first", "second"):
+        _drop(page, folder)
+        expect(name).to_have_value(folder)
+    name.fill("typed")
+    _drop(page, "third")
+    expect(page.get_by_text("2 files, 4 B")).to_be_visible()
+    expect(name).to_have_value("typed")
+    picker.set_input_files(list(adapter_folder.iterdir()))
+    expect(picker).to_have_value("")
+    page.get_by_role("button", name="Publish").click()
+    expect(page.get_by_role("status").filter(has_text="ublished: ")).to_contain_text("acme/typed@1")
+    picker.set_input_files(list(adapter_folder.iterdir()))
+    expect(name).to_have_value("")
+    assert service.client().delete("/v1/tenants/acme/adapters/typed").status_code == 204
+
+
+def test_the_first_upload_of_a_service(admin_page: Seen, adapter_folder: Path) -> None:
+    """Without any tenant, it names one; the line for the worker stays in view."""
+    page = admin_page.page
+    page.route("**/v1/tenants?**", lambda route: route.fulfill(json={"items": [], "next": None}))
+    admin_page.open("adapters", "Adapters")
+    page.get_by_label("Name of the tenant").fill("newcomer")
+    page.get_by_label("Files of an adapter").set_input_files(list(adapter_folder.iterdir()))
+    page.get_by_label("Name of the adapter").fill("first")
+    page.get_by_role("button", name="Publish").click()
+    page.wait_for_load_state("networkidle")
+    expect(page.get_by_text('client.get("newcomer/first@1"')).to_be_visible()
+    expect(page.get_by_text("There is no tenant yet")).to_have_count(0)
+
+
+def test_copying_without_tls(seen: Seen, service: Server) -> None:
+    """Browsers give a page of another machine no clipboard unless it comes over TLS; a key in a dialog, which makes the
+    rest of the page inert, is copied nevertheless."""
+    seen.page.add_init_script("Object.defineProperty(Navigator.prototype, 'clipboard', {value: undefined})")
+    seen.sign_in(service.admin_key)
+    page = seen.page
+    seen.open("tenants/acme", "acme")
+    page.get_by_role("button", name="New key").click()
+    page.get_by_role("button", name="Make it").click()
+    key = page.locator("pre.secret").inner_text()
+    page.get_by_role("button", name="Copy the key").click()
+    expect(page.get_by_role("button", name="Copied")).to_be_visible()
+    page.get_by_role("button", name="I have it").click()
+    seen.open("console", "Console")
+    page.get_by_label("Path").fill("")
+    page.get_by_label("Path").press("Control+V")
+    expect(page.get_by_label("Path")).to_have_value(key)
+
+
+def test_a_link_to_an_old_entry_of_the_audit(service: Server, admin_page: Seen) -> None:
+    """The view goes back until it has the entry, however many are newer; the entry names the key that did it."""
+    page = admin_page.page
+    oldest = service.client().get("/v1/audit", params={"limit": 1000}).json()["items"][-1]
+    page.route("**/v1/audit?**", lambda route: route.continue_(url=route.request.url.replace("limit=500", "limit=5")))
+    page.goto(f"{admin_page.url}/ui#/audit/{oldest['id']}")
+    row = page.get_by_role("row").filter(has_text=oldest["action"])
+    expect(row.get_by_role("link")).to_have_attribute("href", f"#/audit/{oldest['id']}")
+    expect(row).to_contain_text(oldest["key_name"] or oldest["key_id"])
+
+
+def test_bytes_in_the_console(service: Server, admin_page: Seen) -> None:
+    """An answer that is no text is not written out as if it were some; the size is."""
+    page = admin_page.page
+    admin_page.open("console", "Console")
+    page.get_by_label("Path").fill("v1/tenants/acme/adapters/summarize@1/prefix")
+    page.get_by_role("button", name="Send").click()
+    expect(page.get_by_label("The answer")).to_contain_text("that are no text: save them with curl -o FILE")
+
+
+def test_usage_of_days(admin_page: Seen) -> None:
+    """Curves of more than a day and a half name the days, and say from when they are."""
+    page = admin_page.page
+    admin_page.open("usage", "Usage")
+    page.get_by_label("Of the last").select_option("720")
+    chart = page.get_by_role("img", name=re.compile("^Since [0-9]+ [A-Z][a-z]+, [0-9]{2}:[0-9]{2}; now requests: "))
+    chart.hover()
+    expect(page.locator(".u-legend")).to_contain_text(re.compile("[0-9]+ [A-Z][a-z]{2}"))
+
+
+def test_the_first_numbers(admin_page: Seen) -> None:
+    """A chart of a single moment, or of none, shows ten minutes and no years."""
+    spans = admin_page.page.evaluate(
+        "async (all) => { const { range } = await import(`${location.origin}/ui/views/chart.js`);"
+        " return all.map((at) => range({ data: [at] })); }",
+        [[1_800_000_000], [], [1_800_000_000, 1_800_003_600]],
+    )
+    assert spans == [[1_799_999_400, 1_800_000_000], [0, 600], [1_800_000_000, 1_800_003_600]]
+
+
+def test_now_claims_only_what_it_knows(admin_page: Seen) -> None:
+    """Nothing is said of memory without its numbers, which a tenant does not get; no failure is not no request."""
+    page = admin_page.page
+    quiet = {"seconds": 5, "at": [1_800_000_000], "requests": [3], "bytes": [1], "cold_loads": [0], "p50": [0.1]}
+    quiet |= {"p99": [0.1], "problems": {}, "in_flight": [0], "in_flight_limit": None, "tiers": [], "tenants": []}
+    body = f"data: {json.dumps(quiet)}\n\n"
+    page.route("**/v1/live?**", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
+    admin_page.open("adapters/acme", "Adapters of acme")
+    admin_page.open("now", "Now")
+    expect(page.get_by_text("Nothing needs attention: in the last minute")).to_be_visible()
+    expect(page.get_by_text("No request was refused and none failed in the last hour.")).to_be_visible()
+    quiet["problems"] = {"unavailable": [2]}
+    page.unroute("**/v1/live?**")
+    body = f"data: {json.dumps(quiet)}\n\n"
+    page.route("**/v1/live?**", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
+    admin_page.open("adapters/acme", "Adapters of acme")
+    admin_page.open("now", "Now")
+    expect(page.locator(".notice.bad")).to_contain_text("unavailable: 2 in the last minute")
+
+
+def test_two_fields_at_once(admin_page: Seen) -> None:
+    """Whoever fills one field right after another has both."""
+    page = admin_page.page
+    admin_page.open("adapters/acme", "Adapters of acme")
+    with page.expect_response(re.compile("search=summar&base_model=none")):
+        page.evaluate(
+            """() => [["[type=search]", "summar"], ["[placeholder='exact name']", "none"]].forEach(([which, text]) => {
+                const field = document.querySelector(which);
+                field.value = text;
+                field.dispatchEvent(new Event("input", {bubbles: true}));
+            })"""
+        )
+
+
+def test_the_most_read_come_first(admin_page: Seen) -> None:
+    """Adapters are sorted by what the API sorts by, reads included."""
+    admin_page.open("adapters/acme", "Adapters of acme")
+    with admin_page.page.expect_response(re.compile("sort=-used")) as answered:
+        admin_page.page.get_by_label("Sort by").select_option("most read")
+    assert answered.value.status == 200
 
 
 def test_a_tenants_admin_sees_the_tenant(service: Server, seen: Seen) -> None:

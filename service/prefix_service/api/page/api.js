@@ -2,6 +2,7 @@
 import { signal } from "./vendor/signals.js";
 
 export const me = signal(undefined); // undefined: not known yet; null: not signed in
+export const hasEnded = signal(false); // whether the service ended the session, rather than its owner
 export const calls = signal([]); // the newest first, for the console
 const MOST_CALLS = 50;
 const CSRF = { "X-Prefix-CSRF": "1" };
@@ -44,14 +45,22 @@ async function send(method, path, { json, text, headers = {}, ...rest } = {}) {
     throw new Problem(0, { detail: "The service does not answer: is it running, and is the network up?" });
   }
   if (answer.ok) return answer;
-  if (answer.status === 401 && me.value) me.value = null;
+  if (answer.status === 401 && me.value) {
+    hasEnded.value = true;
+    me.value = null;
+  }
   throw await problemOf(answer);
+}
+
+// JSON as it was parsed, text, or the bytes of anything else.
+function contentOf(answer, type) {
+  return type.includes("json") ? answer.json() : type.startsWith("text/") ? answer.text() : answer.blob();
 }
 
 export async function call(method, path, options) {
   const answer = await send(method, path, options);
   const type = answer.headers.get("Content-Type") || "";
-  const value = answer.status === 204 ? null : type.includes("json") ? await answer.json() : await answer.text();
+  const value = answer.status === 204 ? null : await contentOf(answer, type);
   return options?.whole ? { value, headers: answer.headers, status: answer.status } : value;
 }
 
@@ -128,6 +137,7 @@ export async function whoami() {
 
 export async function signIn(key) {
   me.value = await call("POST", "ui/session", { json: { key } });
+  hasEnded.value = false;
 }
 
 export async function signOut() {

@@ -5,7 +5,7 @@ import { useEffect, useState } from "./vendor/hooks.js";
 import { effect, signal } from "./vendor/signals.js";
 import { isPlatform, may, me, signOut, whoami } from "./api.js";
 import { inUtc } from "./format.js";
-import { Dialog, Failure, Text, Toast } from "./parts.js";
+import { Dialog, Failure, say, Text, Title, Toast } from "./parts.js";
 import { SignIn } from "./views/signin.js";
 
 const route = signal([]);
@@ -22,6 +22,8 @@ const VIEWS = {
   console: ["Console", "c", () => import("./views/console.js"), () => true],
 };
 
+const isView = (name) => Object.hasOwn(VIEWS, name);
+
 function readRoute() {
   route.value = location.hash.replace(/^#\/?/, "").split("/").filter(Boolean).map(decodeSafely);
 }
@@ -36,7 +38,7 @@ function decodeSafely(part) {
 
 function Frame() {
   const [name = "now", ...rest] = route.value;
-  const chosen = VIEWS[name] && VIEWS[name][3]() ? name : null;
+  const chosen = isView(name) && VIEWS[name][3]() ? name : null;
   useEffect(() => {
     document.querySelector("nav [aria-current]")?.scrollIntoView({ block: "nearest", inline: "nearest" });
   }, [chosen]);
@@ -50,11 +52,11 @@ function Frame() {
       <div class="who">
         <span><${Text}>${who}</${Text}> · ${me.value.scope}</span>
         <button type="button" onClick=${() => (helpIsOpen.value = true)} aria-label="Keyboard shortcuts">?</button>
-        ${me.value.id !== "dev" && html`<button type="button" onClick=${signOut}>Sign out</button>`}
+        ${me.value.id !== "dev" && html`<button type="button" onClick=${() => signOut().catch((error) => say(error.message))}>Sign out</button>`}
       </div>
     </header>
     <main>${chosen ? html`<${Lazy} key=${`${chosen}/${rest.join("/")}`} load=${VIEWS[chosen][2]} names=${rest} />`
-      : html`<div class="notice">There is no such view, or your key may not see it. <a href="#/now">Go to Now</a>
+      : html`<${Title}>Nothing here</${Title}><div class="notice">There is no such view, or your key may not see it. <a href="#/now">Go to Now</a>
         </div>`}
     </main>
     ${helpIsOpen.value && html`<${Help} />`}
@@ -118,6 +120,6 @@ addEventListener("hashchange", readRoute);
 readRoute();
 effect(() => {
   const [name] = route.value;
-  document.title = me.value && VIEWS[name] ? `${VIEWS[name][0]} · prefix-service` : "prefix-service";
+  document.title = me.value && isView(name) ? `${VIEWS[name][0]} · prefix-service` : "prefix-service";
 });
 render(html`<${App} />`, document.getElementById("page"));

@@ -42,6 +42,12 @@ export function clock(at) {
   return text.endsWith(":00") ? text.slice(0, 5) : text;
 }
 
+// The day of a moment in seconds.
+export function day(at) {
+  const zone = inUtc.value ? { timeZone: "UTC" } : {};
+  return new Date(at * 1000).toLocaleDateString("en-GB", { day: "numeric", month: "short", ...zone });
+}
+
 export function ago(text) {
   if (!text) return "never";
   const seconds = (Date.now() - new Date(text)) / 1000;
@@ -51,11 +57,11 @@ export function ago(text) {
   return `${Math.round(seconds / 86400)} days ago`;
 }
 
-const INVISIBLE = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]/g;
+const INVISIBLE = /(?![\t\n])[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu; // controls, formats, separators of lines and paragraphs
 
 // What others wrote, as it is: characters that would hide text or turn its direction are written out.
 export function visible(text) {
-  return String(text).replace(INVISIBLE, (c) => `⟨U+${c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`);
+  return String(text).replaceAll("\r\n", "\n").replace(INVISIBLE, (c) => `⟨U+${c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`);
 }
 
 export function shortened(text, most = 80) {

@@ -80,8 +80,11 @@ export function Dialog({ title, onClose, children }) {
   return html`<dialog ref=${element} onClose=${onClose} aria-label=${title}><h2>${title}</h2>${children}</dialog>`;
 }
 
+// A form whose button does all there is to do when it is pressed, also by Enter.
+export const stay = (event) => event.preventDefault();
+
 // A button that does something once at a time, and shows why it could not.
-export function Act({ run, children, ...rest }) {
+export function Act({ run, disabled, children, ...rest }) {
   const [busy, setBusy] = useState(false);
   const [error, setError] = useState(null);
   const act = async () => {
@@ -95,7 +98,7 @@ export function Act({ run, children, ...rest }) {
       setBusy(false);
     }
   };
-  return html`<button type="button" disabled=${busy} onClick=${act} ...${rest}>${children}</button>
+  return html`<button type="button" disabled=${busy || disabled} onClick=${act} ...${rest}>${children}</button>
     <${Failure} error=${error} />`;
 }
 
@@ -111,10 +114,24 @@ export function Confirm({ label, title, children, run, ...rest }) {
     </${Dialog}>`}`;
 }
 
+// Browsers give a page without TLS, on another machine than their own, no `navigator.clipboard`: it copies as pages did
+// before. A modal dialog makes all outside of it inert, so the text goes into the innermost open one.
+async function toClipboard(text) {
+  if (navigator.clipboard) return navigator.clipboard.writeText(text);
+  const focused = document.activeElement;
+  const field = document.createElement("textarea");
+  field.value = text;
+  ([...document.querySelectorAll("dialog[open]")].at(-1) || document.body).append(field);
+  field.select();
+  document.execCommand("copy");
+  field.remove();
+  focused?.focus();
+}
+
 export function Copy({ text, label = "Copy" }) {
   const [done, setDone] = useState(false);
   const copy = async () => {
-    await navigator.clipboard.writeText(text);
+    await toClipboard(text);
     setDone(true);
     setTimeout(() => setDone(false), 2000);
   };

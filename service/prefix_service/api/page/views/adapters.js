@@ -19,6 +19,7 @@ export default function Adapters({ names }) {
 // A key of the platform chooses a tenant first; only an admin may list them.
 function Choose({ tenant }) {
   const [tenants, error] = useLoaded(() => (may("admin") ? items("v1/tenants") : Promise.resolve(null)), []);
+  const [hasFirst, setHasFirst] = useState(false); // the line for the worker stays in view
   const choose = (event) => {
     if (event.target.value) location.hash = `#/adapters/${encodeURIComponent(event.target.value)}`;
   };
@@ -29,18 +30,17 @@ function Choose({ tenant }) {
     : html`<label>Tenant<input onChange=${choose} value=${tenant || ""} placeholder="acme" /></label>`;
   if (!chosen) {
     return html`<${Title}>Adapters</${Title}><${Failure} error=${error} />
-      <div class="notice">${tenants ? "There is no tenant yet. The first upload makes one." : choice}</div>
-      ${tenants && may("write") && html`<${NewTenant} />`}`;
+      ${!hasFirst && html`<div class="notice">${tenants ? "There is no tenant yet. The first upload makes one." : choice}</div>`}
+      ${tenants && may("write") && html`<${NewTenant} onDone=${() => setHasFirst(true)} />`}`;
   }
   return html`<${OfTenant} key=${chosen} tenant=${chosen} beside=${choice} />`;
 }
 
-function NewTenant() {
+function NewTenant({ onDone }) {
   const [name, setName] = useState("");
   return html`<div class="card"><label>Name of the tenant<input value=${name}
       onInput=${(event) => setName(event.target.value.trim())} placeholder="acme" /></label>
-    ${name && html`<${Upload} tenant=${name}
-      onDone=${() => (location.hash = `#/adapters/${encodeURIComponent(name)}`)} />`}</div>`;
+    ${name && html`<${Upload} tenant=${name} onDone=${onDone} />`}</div>`;
 }
 
 function OfTenant({ tenant, beside }) {
@@ -49,10 +49,11 @@ function OfTenant({ tenant, beside }) {
   const [sort, setSort] = useState("name");
   const [uploads, setUploads] = useState(0);
   const [owner] = useLoaded(() => get(tenantPath(tenant)), [uploads]);
-  const later = useRef(0);
+  const later = useRef(new Map()); // the timer of each field
   const soon = (set) => (event) => {
-    clearTimeout(later.current);
-    later.current = setTimeout(() => set(event.target.value.trim()), 250);
+    const { value } = event.target;
+    clearTimeout(later.current.get(set));
+    later.current.set(set, setTimeout(() => set(value.trim()), 250));
   };
   return html`<${Title} beside=${beside}>Adapters of ${tenant}</${Title}>
     <div class="row">
@@ -61,7 +62,7 @@ function OfTenant({ tenant, beside }) {
       <label>Base model<input onInput=${soon(setModel)} placeholder="exact name" /></label>
       <label>Sort by<select value=${sort} onChange=${(event) => setSort(event.target.value)}>
         <option value="name">name</option><option value="-created">latest publication</option>
-          <option value="-bytes">bytes</option></select></label>
+          <option value="-bytes">bytes</option><option value="-used">most read</option></select></label>
       <span class="soft">${owner ? `${number(owner.adapters)} adapters, ${bytes(owner.bytes)}` : ""}</span>
     </div>
     ${may("write") && html`<${Upload} tenant=${tenant} onDone=${() => setUploads((count) => count + 1)} />`}

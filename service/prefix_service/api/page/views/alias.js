@@ -3,7 +3,7 @@ import { html } from "../html.js";
 import { useEffect, useState } from "../vendor/hooks.js";
 import { call, get, items, may, tenantPath } from "../api.js";
 import { clock, number, shortened } from "../format.js";
-import { Act, Dialog, Failure, say, Text, useLoaded } from "../parts.js";
+import { Act, Dialog, Failure, say, stay, Text, useLoaded } from "../parts.js";
 
 const HOUR = 3600e3; // milliseconds
 const REFRESH = 10e3; // milliseconds
@@ -12,9 +12,9 @@ const PLATFORM = "platform"; // how a tenant's usage names every key of the plat
 
 // What differs between two configs: [name, before, after].
 export function differences(before, after) {
-  const written = (value) => (value === undefined ? "absent" : JSON.stringify(value));
+  const written = (config, name) => (Object.hasOwn(config, name) ? JSON.stringify(config[name]) : "absent");
   const names = [...new Set([...Object.keys(before), ...Object.keys(after)])].sort();
-  return names.map((name) => [name, written(before[name]), written(after[name])]).filter(([, old, now]) => old !== now);
+  return names.map((name) => [name, written(before, name), written(after, name)]).filter(([, old, now]) => old !== now);
 }
 
 // A dialog in two steps: what a move changes, and afterwards the way back, with who still reads the old version.
@@ -27,10 +27,10 @@ export function MoveAlias({ tenant, name, alias, to, versions, onClose, onMoved 
   const title = moved ? `${moved.alias} points at ${moved.after} now` : alias ? `Move ${alias}` : "New alias";
   return html`<${Dialog} title=${title} onClose=${onClose}>${moved
     ? html`<${Moved} tenant=${tenant} name=${name} ...${moved} onMoved=${onMoved} onClose=${onClose} />`
-    : html`<${Move} tenant=${tenant} name=${name} alias=${alias} to=${to} versions=${versions} onMoved=${finish} />`}</${Dialog}>`;
+    : html`<${Move} tenant=${tenant} name=${name} alias=${alias} to=${to} versions=${versions} onMoved=${finish} onClose=${onClose} />`}</${Dialog}>`;
 }
 
-function Move({ tenant, name, alias, to, versions, onMoved }) {
+function Move({ tenant, name, alias, to, versions, onMoved, onClose }) {
   const current = versions.find((one) => one.aliases.includes(alias))?.version;
   const [called, setCalled] = useState(alias);
   const [target, setTarget] = useState(current === to.version ? String(versions.find((one) => one.version !== current)?.version ?? current) : String(to.version));
@@ -42,7 +42,7 @@ function Move({ tenant, name, alias, to, versions, onMoved }) {
     await call("PUT", aliasPath(tenant, name, called), { json: { version: Number(target), preload }, headers });
     onMoved({ alias: called, before: current ?? null, after: Number(target) });
   };
-  return html`<form class="stack" method="dialog">
+  return html`<form class="stack" onSubmit=${stay}>
     ${!alias && html`<label>Name<input value=${called} onInput=${(event) => setCalled(event.target.value.trim())}
       placeholder="prod" maxlength="64" /></label>`}
     <label>${current ? `From version ${current} to` : "Version"}<select value=${target}
@@ -53,8 +53,8 @@ function Move({ tenant, name, alias, to, versions, onMoved }) {
     <${Failure} error=${error} />
     ${pair && pair[0] && html`<${Changes} before=${pair[0]} after=${pair[1]} />`}
     ${current && current !== Number(target) && html`<${Readers} key=${target} tenant=${tenant} name=${name} before=${current} after=${Number(target)} />`}
-    <div class="row"><${Act} class="main" disabled=${!called} run=${move}>${current ? "Move it" : "Make it"}</${Act}>
-      <button>Cancel</button></div>
+    <div class="row"><${Act} type="submit" class="main" disabled=${!called} run=${move}>${current ? "Move it" : "Make it"}</${Act}>
+      <button type="button" onClick=${onClose}>Cancel</button></div>
   </form>`;
 }
 

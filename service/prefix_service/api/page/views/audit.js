@@ -16,12 +16,20 @@ export default function Audit({ names: [wanted] }) {
     const page = await get(path + query({ limit: 500, cursor }));
     setEntries((before) => [...before, ...page.items]);
     setNext(page.next);
+    return page;
   };
   useEffect(() => {
-    load(null).catch(setError);
+    let isOpen = true;
+    const begin = async () => {
+      let page = await load(null);
+      // A link names an entry of any age.
+      while (isOpen && wanted && page.next && !page.items.some((entry) => entry.id === wanted)) page = await load(page.next);
+    };
+    begin().catch(setError);
+    return () => (isOpen = false);
   }, []);
   const actions = [...new Set(entries.map((entry) => entry.action))].sort();
-  const holds = (entry) => [entry.target, entry.actor, entry.key_id, entry.tenant || ""].some((text) => text.includes(part));
+  const holds = (entry) => [entry.target, entry.actor, entry.key_id, entry.key_name || "", entry.tenant || ""].some((text) => text.includes(part));
   const shown = entries.filter((entry) => (wanted ? entry.id === wanted : (!action || entry.action === action) && holds(entry)));
   return html`<${Title} beside=${wanted && html`<a href="#/audit">The whole audit</a>`}>Audit</${Title}>
     ${!wanted && html`<div class="row"><label>Search<input type="search"
@@ -35,7 +43,7 @@ export default function Audit({ names: [wanted] }) {
       <tbody>${shown.slice(0, 1000).map((entry) => html`<tr key=${entry.id}><td><a href="#/audit/${entry.id}">
         ${moment(entry.at)}</a></td><td>${entry.action}</td>
         <td><${Text}>${entry.target}</${Text}><div class="soft narrowonly">by${" "}<${Text}>${entry.actor}</${Text}></div></td>
-        <td class="wideonly"><${Text}>${entry.actor}</${Text}>
+        <td class="wideonly"><${Text}>${entry.actor}</${Text}>${entry.key_name && html`<div><${Text}>${entry.key_name}</${Text}></div>`}
           <div class="soft mono">${entry.key_id}</div></td>
         <td class="mono wideonly">${Object.entries(entry.details).map(([key, value]) => html`<div>${key}: <bdi>
           ${visible(JSON.stringify(value)).slice(0, 200)}</bdi></div>`)}</td></tr>`)}</tbody></table>

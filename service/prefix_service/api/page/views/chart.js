@@ -1,9 +1,10 @@
 // Curves over time, drawn by uPlot, which is loaded when the first one is shown.
 import { html } from "../html.js";
 import { useEffect, useRef } from "../vendor/hooks.js";
-import { clock } from "../format.js";
+import { clock, day } from "../format.js";
 
 const SHORTEST = 600; // seconds that a chart shows at least
+const DAYS = 36 * 3600; // seconds from which on a chart names days
 let loading = null;
 
 function library() {
@@ -54,7 +55,19 @@ export function Chart({ at, lines }) {
     plot.current?.setData(data.current);
   });
   const words = lines.map(([name, values, write]) => `${name}: ${write(values.findLast((value) => value != null))}`);
-  return html`<div class="chart" ref=${place} role="img" aria-label=${`Last hour; now ${words.join(", ")}`}></div>`;
+  const since = at.length ? `Since ${day(at[0])}, ${clock(at[0])}; now ` : "";
+  return html`<div class="chart" ref=${place} role="img" aria-label=${since + words.join(", ")}></div>`;
+}
+
+// The moments between which a chart is drawn; uPlot would show years around a single one.
+export function range({ data: [at] }) {
+  const last = at.at(-1) ?? SHORTEST;
+  return [Math.min(at[0] ?? 0, last - SHORTEST), last];
+}
+
+function when({ scales: { x } }, at) {
+  if (x.max - x.min < DAYS) return clock(at);
+  return clock(at) === "00:00" ? day(at) : `${day(at)} ${clock(at)}`;
 }
 
 const size = (element) => ({ width: element.clientWidth, height: element.clientHeight - 28 });
@@ -66,10 +79,10 @@ function options(lines, element) {
   return {
     ...size(element),
     cursor: { drag: { setScale: false } },
-    scales: { x: { range: (_plot, low, high) => [Math.min(low, high - SHORTEST), high] }, y: { range: (_plot, _low, high) => [0, high > 0 ? high * 1.1 : 1] } },
-    axes: [{ ...axis, values: (_plot, moments) => moments.map(clock) }, { ...axis, size: 74, values: (_plot, values) => values.map(write) }],
+    scales: { x: { range }, y: { range: (_plot, _low, high) => [0, high > 0 ? high * 1.1 : 1] } },
+    axes: [{ ...axis, space: 90, values: (plot, moments) => moments.map((at) => when(plot, at)) }, { ...axis, size: 74, values: (_plot, values) => values.map(write) }],
     series: [
-      { label: "time", value: (_plot, at) => (at == null ? "–" : clock(at)) },
+      { label: "time", value: (plot, at) => (at == null ? "–" : when(plot, at)) },
       ...lines.map(([label, , writer], index) => ({
         label,
         stroke: color(`--curve-${index + 1}`),

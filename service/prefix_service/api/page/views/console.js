@@ -2,6 +2,7 @@
 import { html } from "../html.js";
 import { useState } from "../vendor/hooks.js";
 import { call, calls } from "../api.js";
+import { bytes } from "../format.js";
 import { Copy, Failure, Long, Title } from "../parts.js";
 
 const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
@@ -12,6 +13,11 @@ export function curl({ method, path, body }) {
   if (body?.startsWith("-F ")) parts.push(body);
   else if (body) parts.push(`-H 'Content-Type: application/json' -d ${quoted(body)}`);
   return `${parts.join(" ")} ${url}`;
+}
+
+function written(value) {
+  if (value instanceof Blob) return value.size ? `${bytes(value.size)} that are no text: save them with curl -o FILE` : "";
+  return typeof value === "string" ? value : value === null ? "" : JSON.stringify(value, null, 2);
 }
 
 export default function Console() {
@@ -30,8 +36,7 @@ export default function Console() {
       if (new URL(path, document.baseURI).origin !== location.origin) throw new Error("This is no path of this service.");
       const json = draft.body.trim() ? JSON.parse(draft.body) : undefined;
       const { value, status, headers } = await call(draft.method, path, { json, whole: true });
-      const text = typeof value === "string" ? value : value === null ? "" : JSON.stringify(value, null, 2);
-      setAnswer({ status, type: headers.get("Content-Type"), text });
+      setAnswer({ status, type: headers.get("Content-Type"), text: written(value) });
     } catch (found) {
       setError(found instanceof SyntaxError ? { message: `The body is not JSON: ${found.message}` } : found);
     }

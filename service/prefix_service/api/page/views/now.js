@@ -71,7 +71,7 @@ function Numbers({ data }) {
   const states = findings(data);
   return html`
     ${states.length === 0 && html`<div
-      class="notice good">Nothing needs attention: memory has room, and in the last minute
+      class="notice good">Nothing needs attention: ${data.tiers.length > 0 ? "memory has room, and " : ""}in the last minute
       the service refused no valid request.</div>`}
     ${states.map((state) => html`<div class="notice ${state.kind}" role="status">
       <b>${state.title}</b>${state.why}</div>`)}
@@ -148,7 +148,7 @@ function Problems({ data }) {
   const rows = Object.entries(data.problems).map(([code, list]) => [code, sum(recent(list)), sum(list)]);
   rows.sort((a, b) => b[2] - a[2]);
   return html`<section class="card"><h2>Refused and failed</h2>${rows.length === 0 ? html`<p
-    class="soft">No request in the last hour.</p>`
+    class="soft">No request was refused and none failed in the last hour.</p>`
     : html`<div class="wide" tabindex="0" role="group"
       aria-label="Refused and failed requests"><table><thead><tr><th>Error code</th><th class="number">Last minute</th><th class="number">Last hour</th>
       </tr></thead>

@@ -1,7 +1,7 @@
 // Signing in with a key, which is sent once and kept nowhere.
 import { html } from "../html.js";
 import { useState } from "../vendor/hooks.js";
-import { signIn } from "../api.js";
+import { hasEnded, signIn } from "../api.js";
 import { Failure } from "../parts.js";
 
 export function SignIn() {
@@ -21,6 +21,7 @@ export function SignIn() {
   };
   return html`<div class="signin card"><form class="stack" onSubmit=${submit}>
     <h1>prefix-service</h1>
+    ${hasEnded.value && html`<p role="status">Your session has ended, or your key has: sign in again.</p>`}
     <label>Key<input name="key" type="password" autocomplete="off" required autofocus placeholder="pfx_…" /></label>
     <button class="main" disabled=${busy}>Sign in</button>
     <${Failure} error=${error} />

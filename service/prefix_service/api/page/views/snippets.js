@@ -23,7 +23,7 @@ output = prefix.generate(model, **inputs, max_new_tokens=32)`],
     ["vLLM", `vllm serve ${model} --middleware prefix_service.client.vllm.PrefixMiddleware \\
   --kv-transfer-config '{"kv_connector": "PrefixConnector",
     "kv_connector_module_path": "prefix_service.client.vllm", "kv_role": "kv_consumer",
-    "kv_connector_extra_config": {"url": "${url}"}}'`],
+    "kv_connector_extra_config": {"url": "${url}", "adapters": ["${version.tenant}/*"]}}'`],
     ["OpenAI SDK", `from openai import OpenAI
 
 client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")  # vLLM's address

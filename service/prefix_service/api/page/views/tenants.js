@@ -3,7 +3,7 @@ import { html } from "../html.js";
 import { useState } from "../vendor/hooks.js";
 import { call, get, isPlatform, items, me, tenantPath } from "../api.js";
 import { bytes, moment, number } from "../format.js";
-import { Act, BytesGauge, Confirm, Copy, Dialog, Failure, Gauge, Moment, say, Text, Title, useLoaded } from "../parts.js";
+import { Act, BytesGauge, Confirm, Copy, Dialog, Failure, Gauge, Moment, say, stay, Text, Title, useLoaded } from "../parts.js";
 
 const OVERLAP = 7 * 24 * 3600e3;
 
@@ -45,10 +45,10 @@ function NewTenant({ onDone }) {
   };
   return html`<button type="button" onClick=${() => setOpen(true)}>New tenant</button>
     ${open && html`<${Dialog} title="New tenant" onClose=${() => setOpen(false)}>
-    <form class="stack" method="dialog"><label>Name<input value=${name}
+    <form class="stack" onSubmit=${stay}><label>Name<input value=${name}
       onInput=${(event) => setName(event.target.value.trim())} maxlength="64" placeholder="acme" /></label>
-      <div class="row"><${Act} class="main" disabled=${!name} run=${make}>Make it</${Act}><button>Cancel</button></div>
-        </form></${Dialog}>`}`;
+      <div class="row"><${Act} type="submit" class="main" disabled=${!name} run=${make}>Make it</${Act}>
+        <button type="button" onClick=${() => setOpen(false)}>Cancel</button></div></form></${Dialog}>`}`;
 }
 
 function Tenant({ name }) {

@@ -51,6 +51,7 @@ export function objection(files) {
 export function Upload({ tenant, onDone }) {
   const [files, setFiles] = useState([]);
   const [name, setName] = useState("");
+  const [isTyped, setIsTyped] = useState(false); // a name that somebody typed stays
   const [over, setOver] = useState(false);
   const [progress, setProgress] = useState(null);
   const [error, setError] = useState(null);
@@ -62,7 +63,11 @@ export function Upload({ tenant, onDone }) {
     const wrong = objection(found);
     setError(wrong ? { message: wrong } : null);
     const folder = (found.find((one) => one.name === CONFIG)?.folder || "").toLowerCase();
-    if (!name && /^[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?$/.test(folder)) setName(folder);
+    if (!isTyped) setName(/^[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?$/.test(folder) ? folder : "");
+  };
+  const pick = ({ target }) => {
+    choose(listed(target.files));
+    target.value = ""; // so that the same files can be chosen again once they were mended
   };
   const drop = async (event) => {
     event.preventDefault();
@@ -83,6 +88,8 @@ export function Upload({ tenant, onDone }) {
       const answer = await upload(tenantPath(tenant, "adapters", name, "versions"), form, (sent, all) => setProgress([sent, all]));
       setMade({ ...answer.value, isNew: answer.status === 201 });
       setFiles([]);
+      setName("");
+      setIsTyped(false);
       onDone();
     } catch (found) {
       setError(found);
@@ -95,13 +102,13 @@ export function Upload({ tenant, onDone }) {
       onDragLeave=${() => setOver(false)} onDrop=${drop}>
     <div class="row" style=${{ justifyContent: "center" }}><span>Drop an adapter's folder here, or</span>
       <button type="button" onClick=${() => picker.current.click()}>choose its files</button>
-      <input ref=${picker} type="file" multiple hidden onChange=${(event) => choose(listed(event.target.files))}
+      <input ref=${picker} type="file" multiple hidden onChange=${pick}
         aria-label="Files of an adapter" /></div>
     ${ready && html`<form class="row" style=${{ justifyContent: "center" }} onSubmit=${send}>
       <label>Name of the adapter<input required value=${name} maxlength="64"
         pattern="[a-z0-9]([a-z0-9._\\-]{0,62}[a-z0-9])?"
         title="small letters, digits, dots, hyphens and underscores"
-          onInput=${(event) => setName(event.target.value)} /></label>
+          onInput=${(event) => { setName(event.target.value); setIsTyped(event.target.value !== ""); }} /></label>
       <span class="soft">${files.length} files, ${bytes(files.reduce((all, one) => all + one.file.size, 0))}</span>
       <button class="main" disabled=${progress !== null}>Publish</button></form>`}
     ${progress && html`<progress max=${progress[1]} value=${progress[0]} aria-label="Upload"></progress>
