@@ -61,7 +61,7 @@ def test_every_byte_is_the_nearest_number_to_value_by_scale(spread: float) -> No
     assert torch.equal(bits, quotients.to(torch.float8_e4m3fn).view(torch.uint8).to(torch.int64))
 
 
-class _Made(TorchDispatchMode):
+class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for it
     """Notes the most values of a float32 tensor that is made."""
 
     most = 0
@@ -80,7 +80,7 @@ def test_scaling_takes_the_memory_of_a_block(monkeypatch: pytest.MonkeyPatch, bl
     kv = PrefixKV.whole(drawn(1.0).tensor.repeat(4, 1, 1, 1, 1))
     whole = render(kv, "float8_e4m3fn")
     monkeypatch.setattr(wire_rendering, "_BLOCK", block)
-    with _Made() as made:
+    with _Made() as made:  # type: ignore[no-untyped-call]
         found = render(kv, "float8_e4m3fn")
     assert torch.equal(found.values.view(torch.uint8), whole.values.view(torch.uint8))
     assert whole.scales is not None

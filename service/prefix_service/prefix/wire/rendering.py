@@ -86,8 +86,8 @@ def _blocks(tensor: Tensor, shape: torch.Size) -> Iterator[Tensor]:
     are one head of one layer."""
     _, parts, heads, *row = shape
     together = max(_BLOCK // (parts * prod(row)), 1)  # heads, of one layer or of several
-    for layers in tensor.split(max(together // heads, 1)):
-        yield from layers.split(min(together, heads), dim=2)
+    for layers in torch.split(tensor, max(together // heads, 1)):
+        yield from torch.split(layers, min(together, heads), dim=2)
 
 
 def to_host(tensor: Tensor) -> Tensor:
