@@ -170,7 +170,8 @@ def test_a_blob_folder_that_is_gone(folder: Path) -> None:
         assert "the blob folder blobs is gone" in refused(client, "unavailable")
         problem(client.get(f"{path('cold')}/parameters"), 503, "unavailable")
         assert client.get(f"{path('warm')}/prefix").status_code == 200
-        problem(upload(client, "acme", "new", file=weights(7)), 503, "storage-failed")
+        unpublished = problem(upload(client, "acme", "new", file=weights(7)), 503, "unavailable")
+        assert "the blob folder blobs is gone" in unpublished["detail"]
         (folder / "away").rename(folder / "blobs")
         ready_again(client)
         tensors_of(client.get(f"{path('cold')}/prefix"))

@@ -94,6 +94,22 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert fragment in anchors(target), link
 
 
+@pytest.mark.parametrize(
+    ("page", "heading"),
+    [
+        (ROOT / ".github" / "SECURITY.md", "| who | may | and cannot |"),
+        (PACKAGE / "deploy" / "README.md", "| away | then | held by |"),
+    ],
+    ids=["security", "outages"],
+)
+def test_every_promise_names_its_test(page: Path, heading: str) -> None:
+    """Each row of the tables of promises, on callers and on outages, links to the test that holds it."""
+    table = page.read_text().partition(f"{heading}\n")[2].partition("\n\n")[0]
+    rows = table.splitlines()[1:]
+    assert len(rows) > 6
+    assert [row for row in rows if not re.search(r"\]\((\.\./)+tests/\S+\)", row)] == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_lines_fit(page: Path) -> None:
     """Lines have at most 120 columns, except a table's rows and commands of one line."""

@@ -1,11 +1,15 @@
 """float8 on the wire is compared, bit by bit, with the definition of OCP's E4M3, in which 0x7f is NaN."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from prefix_service.prefix.kv import PrefixKV
 from prefix_service.prefix.variant import Identity, Variant
+from prefix_service.prefix.wire import rendering as wire_rendering
 from prefix_service.prefix.wire.masks import AttentionMask
 from prefix_service.prefix.wire.prefix_file import PrefixFile
 from prefix_service.prefix.wire.received import read_kv, read_prefix_file
@@ -55,6 +59,34 @@ def test_every_byte_is_the_nearest_number_to_value_by_scale(spread: float) -> No
     bits = rendering.values.view(torch.uint8).to(torch.int64)
     assert torch.equal(bits, nearest(quotients))
     assert torch.equal(bits, quotients.to(torch.float8_e4m3fn).view(torch.uint8).to(torch.int64))
+
+
+class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for it
+    """Notes the most values of a float32 tensor that is made."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs an operation."""
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, Tensor) and made.dtype == torch.float32 and not func.is_view:
+            self.most = max(self.most, made.numel())
+        return made
+
+
+@pytest.mark.parametrize("block", [1, 2 * N * D, 2 * H * N * D, 3 * 2 * H * N * D])
+def test_scaling_takes_the_memory_of_a_block(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    """The bits are those of one step for all, for blocks of one head, of one layer, or of several layers."""
+    kv = PrefixKV.whole(drawn(1.0).tensor.repeat(4, 1, 1, 1, 1))
+    whole = render(kv, "float8_e4m3fn")
+    monkeypatch.setattr(wire_rendering, "_BLOCK", block)
+    with _Made() as made:  # type: ignore[no-untyped-call]
+        found = render(kv, "float8_e4m3fn")
+    assert torch.equal(found.values.view(torch.uint8), whole.values.view(torch.uint8))
+    assert whole.scales is not None
+    assert found.scales is not None
+    assert torch.equal(found.scales, whole.scales)
+    assert made.most <= max(block, 2 * N * D)
 
 
 def test_values_are_divided_by_their_scale() -> None:

@@ -582,6 +582,15 @@ async def test_a_rendering_is_that_slice_in_that_dtype() -> None:
         assert torch.equal(rendering.values, tensor[1:2, :, 0:1].to(torch.bfloat16))
 
 
+async def test_a_rendering_of_some_layers_does_not_hold_the_others() -> None:
+    """A rendering takes the memory that it is charged for, so that a prefix which is evicted leaves memory."""
+    tensor = torch.arange(48.0).view(2, 2, 2, 3, 2)
+    key = RenderingKey(version(), "float32", (1, 2), (0, 2))
+    async with registry_of(9 * SIZE).rendering(key, SIZE, 2 * SIZE, lambda: PrefixKV.whole(tensor)) as rendering:
+        assert torch.equal(rendering.values, tensor[1:2])
+        assert rendering.values.untyped_storage().nbytes() == rendering.nbytes
+
+
 async def test_many_versions_at_once_stay_within_the_budget() -> None:
     """The budget holds at every step of a storm of requests, cancellations and unloads, and all of it is freed."""
     registry, before = registry_of(3 * SIZE, 3 * SIZE), asyncio.all_tasks()

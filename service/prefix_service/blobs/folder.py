@@ -14,7 +14,7 @@ from prefix_service.blobs.names import damaged, digest_at, path_of
 from prefix_service.blobs.port import Allocate, ChunkObserver, StoredBlob
 from prefix_service.blobs.reading import PIECE, digest_of, pieces
 from prefix_service.blobs.staged import StagedFile, StagingFolder
-from prefix_service.errors import CorruptBlob, NotFound, ReadOnly, Unavailable
+from prefix_service.errors import CorruptBlob, NotFound, ReadOnly, StorageFailed, Unavailable
 from prefix_service.system.disk import (
     PRIVATE_FOLDER,
     private_opener,
@@ -167,12 +167,17 @@ class FolderBlobStore:
         """Begins a blob.
 
         Raises:
+            Unavailable: the whole folder is gone, or no file can be opened now.
             OutOfSpace, StorageFailed: the disk refused.
             ReadOnly: this store only reads.
         """
         if self._read_only:
             raise ReadOnly("this service is read-only (--read-only): publish to the one that writes")
-        return self._staging.stage(self._place)
+        try:
+            return self._staging.stage(self._place)
+        except StorageFailed:
+            self._require_reachable()
+            raise
 
     def read(self, digest: str, allocate: Allocate = host_memory, observer: ChunkObserver | None = None) -> memoryview:
         """Returns all bytes of a blob, verified, in memory from `allocate`.

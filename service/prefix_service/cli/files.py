@@ -13,10 +13,12 @@ def check_output(path: Path) -> None:
     """Look whether a file can be written, before the work of which it is the result.
 
     Raises:
-        InvalidRequest: it is a folder, or there is no folder for it.
+        InvalidRequest: it is a folder or a device, or there is no folder for it.
     """
     if path.is_dir():
         raise InvalidRequest(f"cannot write {path}: it is a folder; name a file in it")
+    if path.exists() and not path.is_file():  # a new file would take its place, even that of /dev/null
+        raise InvalidRequest(f"cannot write {path}: it is no regular file; name another")
     if not path.parent.is_dir():
         raise InvalidRequest(f"cannot write {path}: there is no folder {path.parent}; make it first")
 

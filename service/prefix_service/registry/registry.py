@@ -187,8 +187,14 @@ def _copied(kv: PrefixKV, device: torch.device) -> PrefixKV:
 
 def _render(kv: PrefixKV, key: RenderingKey, share: Callable[[Rendering], Rendering] | None) -> Rendering:
     with torch.inference_mode():
-        rendering = render(kv.sliced(key.layers, key.kv_heads), key.dtype)
-        return rendering if share is None else share(rendering)
+        part = kv.sliced(key.layers, key.kv_heads)
+        rendering = render(part, key.dtype)
+        if share is not None:
+            rendering = share(rendering)
+        if part.tensor.nbytes < kv.tensor.nbytes and rendering.values.data_ptr() == part.tensor.data_ptr():
+            # A view of a part would keep the whole prefix in memory when it is evicted.
+            rendering = replace(rendering, values=rendering.values.clone())
+        return rendering
 
 
 def choose_device(name: str) -> torch.device:

@@ -11,11 +11,13 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
+import torch
+from safetensors.torch import save
 
 from prefix_service.api.app import create_app
 from prefix_service.api.middleware.auth import PUBLIC
 from prefix_service.settings import Settings
-from tests.api.helpers import CONFIG, RawAnswer, head, read_answer, upload, weights
+from tests.api.helpers import CONFIG, MEDIA_TYPE, RawAnswer, head, read_answer, upload, weights
 from tests.conftest import Server, running_server
 
 WRITES: Final = ("post", "put", "patch", "delete")
@@ -43,6 +45,9 @@ class Route(NamedTuple):
         return self.template.format(tenant=tenant, name="a", ref="a@1", alias="prod", key_id=key_id)
 
 
+MASK: Final = save({"attention_mask": torch.tensor([[0, 1, 1]])})
+
+
 def _form() -> tuple[bytes, str]:
     files = {"adapter_config.json": json.dumps(CONFIG).encode(), "adapter_model.safetensors": weights(7)}
     request = httpx.Request("POST", "http://localhost", files=files)
@@ -64,6 +69,13 @@ ROUTES: Final = (
     Route("put", "/v1/tenants/{tenant}", b'{"max_adapters": 7}'),
     Route("post", "/v2/repository/models/{tenant}/{name}/load", b'{"parameters": {}}'),
     Route("post", "/v2/repository/models/{tenant}/{name}/unload", b'{"parameters": {}}'),
+)
+READING: Final = (
+    ("/v1/tenants/{tenant}/adapters/{ref}/prefix", b'{"batch_size": 2}', "application/json"),
+    ("/v1/tenants/{tenant}/adapters/{ref}/prefix", MASK, MEDIA_TYPE),
+    ("/v1/prefixes", b'{"rows": ["revoked-reads/a"]}', "application/json"),
+    ("/v2/models/{tenant}/{name}/infer", b'{"inputs": []}', "application/json"),
+    ("/v2/repository/index", b'{"ready": true}', "application/json"),
 )
 FOR_THE_PLATFORM: Final = ("/v1/keys", "/v1/keys/{key_id}", "/v1/tenants/{tenant}")
 
@@ -173,6 +185,19 @@ def test_a_key_that_is_revoked(server: Server) -> None:
         owner = "/v1" if one.key["tenant"] is None else f"/v1/tenants/{one.tenant}"
         assert admin.delete(f"{owner}/keys/{one.key['id']}").status_code == 204
     _refused(admin, held, lambda _: 401)
+
+
+def test_a_key_that_is_revoked_reads_nothing_more(server: Server) -> None:
+    """Each read that takes a body is 401, too, if its key was revoked while the body arrived."""
+    admin = server.client()
+    assert upload(admin, "revoked-reads", "a", file=weights(0)).status_code == 201
+    held = []
+    for template, body, media_type in READING:
+        key = _key(admin, "revoked-reads", None)
+        held.append(Held(server, key, Route("post", template, body, media_type), "revoked-reads"))
+        assert admin.delete(f"/v1/tenants/revoked-reads/keys/{key['id']}").status_code == 204
+    time.sleep(1)  # within which every process hears of it
+    assert [one.finish().status for one in held] == [401] * len(READING)
 
 
 def test_a_key_that_expires(server: Server) -> None:

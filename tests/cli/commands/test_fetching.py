@@ -1,6 +1,7 @@
 """`fetch` saves tensors as PEFT computes them, and `pull` the folder that was published."""
 
 import json
+import os
 import resource
 import shutil
 from pathlib import Path
@@ -144,16 +145,19 @@ def test_fetch_keeps_the_metadata(run: Run, tmp_path: Path) -> None:
 
 
 def test_fetch_names_a_file_that_cannot_be_written(run: Run, tmp_path: Path) -> None:
-    """A missing folder, a folder, and a full disk are one line of error each, and nothing is left behind."""
+    """A missing folder, a folder, a device, and a full disk are one line of error each, and nothing is left behind."""
     run("publish", LLAMA, "cli/unwritten")
     (tmp_path / "old").write_text("old")
+    os.mkfifo(tmp_path / "pipe")  # no regular file, as a device is none
     for output, words in (
         (tmp_path / "none" / "out", f"cannot write {tmp_path}/none/out: there is no folder {tmp_path}/none"),
         (tmp_path, f"cannot write {tmp_path}: it is a folder"),
+        (tmp_path / "pipe", f"cannot write {tmp_path}/pipe: it is no regular file"),
     ):
         refused = run("fetch", "cli/unwritten", "-o", output)
         assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (1, "", 1)
         assert refused.stderr.startswith(f"error (invalid-request): {words}")
+    (tmp_path / "pipe").unlink()
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))  # inherited: as a disk with so much space
     try:

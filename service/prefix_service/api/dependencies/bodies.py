@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect
 from prefix_service.api.dependencies.memory import computed, reserved
 from prefix_service.api.http.json_objects import MOST_JSON, MOST_MASK_JSON, json_object, validated
 from prefix_service.api.http.patience import MINIMUM_RATE, Patience
+from prefix_service.api.middleware.auth import PUBLIC
 from prefix_service.api.state import state_of
 from prefix_service.errors import InvalidRequest, RequestTimeout, TooLarge
 from prefix_service.prefix.json_text import json_memory
@@ -38,9 +39,10 @@ def declared_bytes(request: Request, limit: int | None = None) -> int:
 
 
 async def read_body(request: Request, limit: int) -> bytearray:
-    """Returns the whole body.
+    """Returns the whole body. A key that ended while it arrived is refused; changes prove theirs again as they write.
 
     Raises:
+        Unauthenticated: the key or the session has ended meanwhile.
         TooLarge: it has more than `limit` bytes, declared or not.
         RequestTimeout: it did not arrive within `receive_timeout` seconds, however steadily it came.
         InvalidRequest: the caller went away.
@@ -48,6 +50,8 @@ async def read_body(request: Request, limit: int) -> bytearray:
     body = bytearray()
     async for piece in arriving(request, limit, extends=False):
         body += piece
+    if request.scope["path"] not in PUBLIC:
+        await state_of(request).authenticator.admit(request.scope)
     return body
 
 

@@ -196,7 +196,8 @@ def inspect(
 ) -> None:
     """Show what the service knows of a version.
 
-    That is its config, sizes, residency, annotations and model card. --float8 shows what float8 on the wire would cost.
+    That is its dimensions, sizes, residency, annotations and model card; --json has its config too. --float8 shows what
+    float8 on the wire would cost.
     """
     with connect(url, api_key) as client:
         found = dict(client.inspect(reference))

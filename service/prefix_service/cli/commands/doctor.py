@@ -11,7 +11,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import typer
 
@@ -28,9 +28,6 @@ from prefix_service.errors import (
     Unauthenticated,
 )
 from prefix_service.system.sizes import human_bytes
-
-if TYPE_CHECKING:
-    pass
 
 _CLOCK: Final = 30.0  # seconds that two clocks may differ
 _SOON: Final = timedelta(days=7)

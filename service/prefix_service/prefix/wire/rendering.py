@@ -1,8 +1,10 @@
 """Keys and values in host memory, in the dtype in which they are sent."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import repeat
+from math import prod
 from typing import Final, Literal, get_args
 
 import torch
@@ -17,6 +19,8 @@ KV_DTYPES: Final[Mapping[KVDtype, torch.dtype]] = {name: getattr(torch, name) fo
 BufferName = Literal["values", "scales"]
 """The buffers of a rendering by name."""
 _FLOAT8_MAX: Final = 448.0  # the largest float8_e4m3fn
+_BLOCK: Final = 1 << 20
+"""Values that are scaled at a time."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +63,31 @@ def render(kv: PrefixKV, dtype: KVDtype) -> Rendering:
     least the smallest normal float32, so that heads of zeros or of subnormals can be divided too.
     """
     with own_stream(kv.tensor.device):
-        tensor, scales = kv.tensor, None
         if dtype == "float8_e4m3fn":
-            exact = tensor.to(torch.float32)
-            largest = exact.abs().amax(dim=(3, 4), keepdim=True)  # (L', 2, H', 1, 1)
-            scales = (largest / _FLOAT8_MAX).clamp(min=torch.finfo(torch.float32).tiny)
-            tensor = (exact / scales).clamp(-_FLOAT8_MAX, _FLOAT8_MAX)
-        values = tensor.to(dtype=KV_DTYPES[dtype])
-        return Rendering(to_host(values), None if scales is None else to_host(scales))
+            values, scales = _scaled(kv.tensor)
+            return Rendering(to_host(values), to_host(scales))
+        return Rendering(to_host(kv.tensor.to(dtype=KV_DTYPES[dtype])), None)
+
+
+def _scaled(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns values in float8, and their scales; a block at a time, since float32 takes four times the memory."""
+    values = torch.empty(tensor.shape, dtype=torch.float8_e4m3fn, device=tensor.device)
+    scales = torch.empty((*tensor.shape[:3], 1, 1), dtype=torch.float32, device=tensor.device)
+    for part, scale, value in zip(*map(_blocks, (tensor, scales, values), repeat(tensor.shape)), strict=True):
+        exact = part.to(torch.float32)
+        largest = exact.abs().amax(dim=(3, 4), keepdim=True)  # (layers, 2, heads, 1, 1)
+        scale.copy_((largest / _FLOAT8_MAX).clamp_(min=torch.finfo(torch.float32).tiny))
+        value.copy_((exact / scale).clamp_(-_FLOAT8_MAX, _FLOAT8_MAX))
+    return values, scales
+
+
+def _blocks(tensor: Tensor, shape: torch.Size) -> Iterator[Tensor]:
+    """Yields views of some layers and heads, which have up to `_BLOCK` values where keys and values have this shape, or
+    are one head of one layer."""
+    _, parts, heads, *row = shape
+    together = max(_BLOCK // (parts * prod(row)), 1)  # heads, of one layer or of several
+    for layers in torch.split(tensor, max(together // heads, 1)):
+        yield from torch.split(layers, min(together, heads), dim=2)
 
 
 def to_host(tensor: Tensor) -> Tensor:
