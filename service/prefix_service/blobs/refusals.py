@@ -1,4 +1,4 @@
-"""What an S3 server, or the way to it, refused: foreign errors as this project's errors.
+"""Translates the errors of an S3 server, and of the network in front of it, into this project's errors.
 
 The text of a foreign error can hold a key's id or a signed request, so none of it reaches a message or a log but the
 server's own error code.
@@ -42,7 +42,7 @@ class Refusal:
 
     @property
     def is_missing(self) -> bool:
-        """Whether the object is missing, not the bucket."""
+        """True if the bucket exists, and the object does not."""
         return self.status == 404 and self.code != "NoSuchBucket"
 
     @property

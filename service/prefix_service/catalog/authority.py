@@ -1,4 +1,4 @@
-"""Who may change the catalog: proved in the transaction that changes it, by ids, since names can be given again."""
+"""Proves in the transaction of a change that its caller may make it, by ids, since names can be given again."""
 
 import contextlib
 from collections.abc import Iterator

@@ -225,7 +225,7 @@ def announce(connection: sa.Connection, change: TenantChange | KeyChange | Adapt
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """What a transaction stored: the revision of its last change, and on PostgreSQL its own id."""
+    """The revision of the last change that a transaction stored, and on PostgreSQL the transaction's id."""
 
     revision: int
     transaction: str | None

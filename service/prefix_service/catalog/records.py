@@ -253,8 +253,8 @@ class Use:
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """What serves now: its address, its release, the revision that it has applied, and what it has in memory: the
-    number of prefixes, their bytes on the device, and those of renderings in host memory."""
+    """A serving process: its address, its release, the revision that it has applied, and its memory: the number of
+    prefixes, their bytes on the device, and the bytes of renderings in host memory."""
 
     address: str | None
     release: str

@@ -12,7 +12,7 @@ router = APIRouter(tags=["replicas"])
 
 
 class Resident(BaseModel):
-    """What a replica has in memory: prefixes, their bytes on the device, and bytes of renderings in host memory."""
+    """A replica's memory: its prefixes, their bytes on the device, and the bytes of its renderings in host memory."""
 
     adapters: int
     device_bytes: int

@@ -26,7 +26,7 @@ class TimelineEvent(BaseModel):
 
 
 class Timeline(BaseModel):
-    """What happened to a version, oldest first: its latest 500 changes among the latest 100,000 of its tenant, and its
+    """The events of a version, oldest first: its latest 500 changes among the latest 100,000 of its tenant, and its
     first and last read of the last 90 days."""
 
     items: list[TimelineEvent]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Role(StrEnum):
-    """What a text is in the input; `prefix_service.client.transformers.texts` explains the roles."""
+    """The role of a text in the input; `prefix_service.client.transformers.texts` explains each."""
 
     system = "system"
     user = "user"
@@ -29,7 +29,7 @@ class Role(StrEnum):
 
 
 class Dtype(StrEnum):
-    """What the model computes in."""
+    """The dtype in which the model computes."""
 
     float32 = "float32"
     float16 = "float16"

@@ -1,4 +1,4 @@
-"""Which version a reference means now, without its tensors, and the fingerprint of its base model."""
+"""Resolves a reference to its present version and the fingerprint of its base model, without tensors."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
