@@ -84,7 +84,7 @@ _DESCRIPTION = (
 class App(FastAPI):
     """Runs our own middleware in front of FastAPI, so that a cached answer never enters FastAPI's stack."""
 
-    def open(self, state: State, *, traced: bool) -> None:
+    def open(self, state: State, *, traced: bool = False) -> None:
         """Serve with these collaborators from now on."""
         self.state.prefix_service = state
         behind: ASGIApp = ChargingMiddleware(super().__call__, state.answers, state.rates)
