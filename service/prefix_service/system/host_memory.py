@@ -13,8 +13,8 @@ _M_MMAP_THRESHOLD: Final = -3  # mallopt(3)
 def return_freed_memory() -> None:
     """Lets blocks of 2 MiB or more return to the system as soon as they are freed.
 
-    glibc otherwise keeps blocks of up to 32 MiB, once one of that size was freed, for each thread apart: several hundred
-    MiB that no budget counts. With another C library this does nothing.
+    glibc otherwise keeps blocks of up to 32 MiB, once one of that size was freed, for each thread apart: several
+    hundred MiB that no budget counts. With another C library this does nothing.
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _RETURNED)
