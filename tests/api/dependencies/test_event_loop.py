@@ -48,5 +48,6 @@ def test_lists_of_models_are_written_in_threads(tmp_path: Path) -> None:
     returned = {get_type_hints(endpoint).get("return") for endpoint in endpoints}
     models = {found for found in returned if isinstance(found, type) and issubclass(found, BaseModel)}
     assert len(models) > 10
-    short = {Statistics, AdviceList, ReplicaList}  # of one version; for operators: of 200 versions, of each process
+    # Of one version; and for operators, of up to 200 versions and of each replica.
+    short: set[type[BaseModel]] = {Statistics, AdviceList, ReplicaList}
     assert {model for model in models if _holds_models(model)} == short
