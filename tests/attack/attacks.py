@@ -443,14 +443,15 @@ async def cold_scan(target: Target, answers: Answers) -> None:
 
 @attack("read", 200, 503, works=False)
 async def one_layer_of_each(target: Target, answers: Answers) -> None:
-    """One layer of each of 20 versions of 32 MiB, so that of each a thirty-second stays in memory."""
+    """One layer of each of 20 versions of 32 MiB, three times, so that a thirty-second of each stays in memory."""
     numbers = itertools.count()
 
     async def step(connection: Connection) -> int | None:
         layer, version = divmod(next(numbers), HEAVY_VERSIONS)
         query = f"layers={layer % LARGE_LAYERS}:{layer % LARGE_LAYERS + 1}"
-        await connection.send(request(target, "GET", f"{HEAVY}@{version + 1}/prefix?{query}", "read"))
-        return await connection.answer()
+        whole = request(target, "GET", f"{HEAVY}@{version + 1}/prefix?{query}", "read")
+        await connection.send(whole * 3)
+        return [await connection.answer() for _ in range(3)][-1]
 
     async with connected(target, answers) as connection:
         for _ in range(HEAVY_VERSIONS):  # each once, however short the attack is

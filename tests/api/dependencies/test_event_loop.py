@@ -2,6 +2,7 @@
 which a disk that hangs would fill."""
 
 from collections.abc import Iterator
+from dataclasses import is_dataclass
 from inspect import isasyncgenfunction, iscoroutinefunction
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -37,8 +38,9 @@ def _is_model(call: object) -> bool:
 
 
 def _holds_models(model: type[BaseModel]) -> bool:
-    """Whether a model has a list of other models, of which there may be many."""
-    return any(_is_model(part) for field in model.model_fields.values() for part in get_args(field.annotation))
+    """Whether a model has a list of other models, or of dataclasses, of which there may be many."""
+    parts = [part for field in model.model_fields.values() for part in get_args(field.annotation)]
+    return any(_is_model(part) or is_dataclass(part) for part in parts)
 
 
 def test_lists_of_models_are_written_in_threads(tmp_path: Path) -> None:
