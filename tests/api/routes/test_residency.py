@@ -84,7 +84,7 @@ def test_pinned_versions_that_nobody_reads(server: Server, admin: httpx.Client) 
     (found,) = advice()
     nbytes = found["versions"][0]["nbytes"]
     assert found["text"] == (
-        f"2 pinned versions unread for 7 days hold {2 * nbytes} B on the device: unpin what is not needed."
+        f"2 pinned versions unread for 7 days hold {2 * nbytes >> 10}.0 KiB on the device: unpin what is not needed."
     )
     assert (found["tier"], found["nbytes"]) == ("device", 2 * nbytes)
     assert found["versions"] == [
