@@ -94,7 +94,7 @@ class Library:
         return make_plan(version, request, mask, self._limits)
 
     def tensors(self, version: Version, request: PrefixRequest, mask: InputMask) -> Mapping[str, Slot]:
-        """Returns the tensors of an answer by name, without a plan, which takes four times as long. Blocking.
+        """Returns the tensors of an answer by name, without a plan, with which it takes three times as long. Blocking.
 
         Raises:
             InvalidRequest: an option is out of bounds, or contradicts the mask.
