@@ -575,28 +575,6 @@ def test_large_tables(service: Server, admin_page: Seen, heads: int, tokens: int
     expect(figure.get_by_role("cell")).to_have_count(4096)
 
 
-def test_twenty_thousand_adapters(admin_page: Seen) -> None:
-    """Pages come as the end comes near, and only rows in sight are in the page."""
-    many = 20_000
-    latest = {"version": 1, "created": "2026-11-26T00:00:00Z", "base_model_name_or_path": None}
-
-    def answer(route: Route) -> None:
-        found = re.search(r"cursor=(\d+)", route.request.url)
-        first = int(found[1]) if found else 0
-        names = [f"adapter-{number:05}" for number in range(first, first + 200)]
-        items = [{"tenant": "acme", "adapter": name, "bytes": 1, "aliases": {}, "latest": latest} for name in names]
-        route.fulfill(json={"items": items, "next": str(first + 200) if first + 200 < many else None})
-
-    page = admin_page.page
-    page.route("**/v1/tenants/acme/adapters?**", answer)
-    admin_page.open("adapters/acme", "Adapters of acme")
-    page.get_by_text("adapter-00000").wait_for()
-    page.evaluate("setInterval(() => document.querySelector('.scroll').scrollBy(0, 1e6), 10)")
-    expect(page.get_by_text("20,000 shown")).to_be_visible(timeout=120_000)
-    expect(page.get_by_text("adapter-19999")).to_be_visible()
-    assert page.get_by_role("row").count() < 80
-
-
 def test_the_keyboard(admin_page: Seen) -> None:
     """`g a` goes to the adapters, `/` searches, `?` lists the shortcuts, Escape closes them."""
     page = admin_page.page
