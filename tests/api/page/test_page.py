@@ -158,7 +158,7 @@ def test_evictions_are_explained(admin_page: Seen) -> None:
 
 def _pixels(page: Page, title: str) -> str:
     """What a treemap shows."""
-    found: str = page.get_by_role("img", name=re.compile(f"^{title} by tenant")).evaluate(
+    found: str = page.get_by_role("application", name=re.compile(f"^{title} by tenant")).evaluate(
         "(canvas) => canvas.toDataURL()"
     )
     return found
@@ -189,7 +189,7 @@ def test_memory_by_tenant_adapter_and_form(service: Server, admin_page: Seen) ->
     expect(forms.nth(1)).to_contain_text("float32, layers 0:2, heads 0:2384 B")
     expect(forms.nth(2)).to_contain_text("float16, layers 0:2, heads 0:2192 B")
     hosts, device = (
-        page.get_by_role("img", name=re.compile(f"^{tier} memory.* by tenant")) for tier in ("Host", "Device")
+        page.get_by_role("application", name=re.compile(f"^{tier} memory.* by tenant")) for tier in ("Host", "Device")
     )
     hosts.hover(position={"x": 30, "y": 30})
     expect(page.get_by_text("acme/summarize@2: float32, layers 0:2, heads 0:2, 384 B", exact=True)).to_be_visible()
@@ -206,6 +206,42 @@ def test_memory_by_tenant_adapter_and_form(service: Server, admin_page: Seen) ->
     expect(chosen.get_by_role("button", name="Pin", exact=True)).to_be_visible()
     assert _pixels(page, "Device memory") != hatched
     client.delete("/v1/tenants/acme/adapters/summarize@2/residency")
+
+
+def _overview(overview: dict[str, Any]) -> dict[str, Any]:
+    """The same overview, with three versions of 400, 200 and 200 bytes on the device, and nothing in host memory."""
+    like = {"tenant": "acme", "adapter": "boxes", "host_bytes": 0, "renderings": 0, "largest_renderings": []}
+    like |= {"uses": 1, "readers": 0, "pinned": False, "reason": "kept"}
+    sizes = {1: 400, 2: 200, 3: 200}
+    resident = [{**like, "version": number, "device_bytes": size} for number, size in sizes.items()]
+    return {**overview, "resident": resident, "next": None}
+
+
+def test_the_map_of_memory_by_keyboard(admin_page: Seen) -> None:
+    """Arrow keys lead to the box beside, Page Down and Page Up through all boxes; a live region reads each of them, and
+    Enter chooses its version."""
+    page = admin_page.page
+    page.route(OVERVIEW, lambda route: route.fulfill(json=_overview(route.fetch().json())))
+    admin_page.open("residency", "Memory")
+    card = page.locator("section").filter(has=page.get_by_role("heading", name="Device memory"))
+    treemap, words = (
+        card.get_by_role("application", name=re.compile("3 boxes. The arrow keys")),
+        card.get_by_role("status"),
+    )
+    expect(words).to_contain_text("press the arrow keys")
+    treemap.focus()
+    expect(words).to_have_text("acme/boxes@1, 400 B")  # on the left, as high as both others
+    steps = [("ArrowUp", 1), ("ArrowRight", 2), ("ArrowDown", 3), ("ArrowUp", 2), ("ArrowLeft", 1), ("ArrowLeft", 1)]
+    steps += [("PageDown", 2), ("PageDown", 3), ("PageDown", 3), ("PageUp", 2), ("Home", 1), ("End", 3)]
+    for key, version in steps:
+        page.keyboard.press(key)
+        expect(words).to_have_text(f"acme/boxes@{version}, {400 if version == 1 else 200} B")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("region", name="The chosen version")).to_contain_text("acme/boxes@3")
+    expect(treemap).to_be_focused()
+    expect(words).to_have_text("acme/boxes@3, 200 B")
+    page.keyboard.press("Tab")
+    expect(treemap).not_to_be_focused()
 
 
 def _unpinned(overview: dict[str, Any]) -> dict[str, Any]:
@@ -703,11 +739,32 @@ def test_a_link_to_an_old_entry_of_the_audit(service: Server, admin_page: Seen) 
     """The view goes back until it has the entry, however many are newer; the entry names the key that did it."""
     page = admin_page.page
     oldest = service.client().get("/v1/audit", params={"limit": 1000}).json()["items"][-1]
-    page.route("**/v1/audit?**", lambda route: route.continue_(url=route.request.url.replace("limit=500", "limit=5")))
+    page.route("**/v1/audit?**", lambda route: route.continue_(url=route.request.url.replace("limit=200", "limit=5")))
     page.goto(f"{admin_page.url}/ui#/audit/{oldest['id']}")
     row = page.get_by_role("row").filter(has_text=oldest["action"])
     expect(row.get_by_role("link")).to_have_attribute("href", f"#/audit/{oldest['id']}")
     expect(row).to_contain_text(oldest["key_name"] or oldest["key_id"])
+
+
+def test_the_service_filters_the_audit(service: Server, admin_page: Seen) -> None:
+    """An entry is found however many are newer; the page offers every action, and says if nothing matches."""
+    page, client = admin_page.page, service.client()
+    made = client.post("/v1/tenants/acme/keys", json={"scope": "read", "name": "of long ago"}).json()
+    page.route("**/v1/audit?**", lambda route: route.continue_(url=route.request.url.replace("limit=200", "limit=1")))
+    client.put("/v1/tenants/acme/adapters/summarize/aliases/later", json={"version": 1})
+    client.delete("/v1/tenants/acme/adapters/summarize/aliases/later")
+    admin_page.open("audit", "Audit")
+    rows = page.locator("tbody").get_by_role("row")
+    expect(rows).to_contain_text(["alias.deleted"])
+    page.get_by_label("Action").select_option("key.created")
+    expect(rows).to_contain_text([made["id"]])
+    page.get_by_role("button", name="Load older ones").click()
+    expect(rows).to_have_count(2)
+    page.get_by_label("Search").fill(made["id"][:12].upper())
+    expect(rows).to_have_count(1)
+    page.get_by_label("Action").select_option("tenant.deleted")
+    expect(page.get_by_text("No change matches")).to_be_visible()
+    client.delete(f"/v1/tenants/acme/keys/{made['id']}")
 
 
 def test_bytes_in_the_console(service: Server, admin_page: Seen) -> None:

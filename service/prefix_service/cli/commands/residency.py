@@ -66,7 +66,9 @@ def load(
         print_json(state)
         return
     pinned = ", pinned" if state["pinned"] else ""
-    say(f"{reference} is in memory on {state['device']}{pinned}")
+    processes = state.get("processes", 1)  # a service of before does not say
+    where = f" of worker process {state['process']}, one of {processes}" if processes > 1 else ""
+    say(f"{reference} is in memory on {state['device']}{where}{pinned}")
 
 
 @residency_app.command("unload")

@@ -1,7 +1,7 @@
 // The timeline of a version, from its publication to its last read.
 import { html } from "../html.js";
 import { get, tenantPath } from "../api.js";
-import { moment } from "../format.js";
+import { actorOf, moment } from "../format.js";
 import { Failure, Text, useLoaded } from "../parts.js";
 
 const WORDS = {
@@ -22,5 +22,5 @@ export function Timeline({ tenant, name, version }) {
     ${!found && !error && html`<p class="soft">Loading…</p>`}
     <ol class="timeline">${(found?.items || []).map((event) => html`<li><time dateTime=${event.at}>
       ${event.change ? html`<a href="#/audit/${event.change.id}">${moment(event.at)}</a>` : moment(event.at)}</time>
-      <span><${Text}>${WORDS[event.kind](event)}</${Text}>${event.change ? html`<span class="soft">${" by "}<${Text}>${event.change.actor}</${Text}></span>` : ""}</span></li>`)}</ol></section>`;
+      <span><${Text}>${WORDS[event.kind](event)}</${Text}>${event.change ? html`<span class="soft">${" by "}<${Text}>${actorOf(event.change)}</${Text}></span>` : ""}</span></li>`)}</ol></section>`;
 }

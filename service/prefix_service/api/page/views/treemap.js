@@ -38,3 +38,17 @@ function worst(areas, side) {
   const sum = areas.reduce((all, area) => all + area, 0);
   return Math.max(...areas.map((area) => Math.max((side * side * area) / (sum * sum), (sum * sum) / (side * side * area))));
 }
+
+const DIRECTIONS = { ArrowLeft: ["x", "w", -1], ArrowRight: ["x", "w", 1], ArrowUp: ["y", "h", -1], ArrowDown: ["y", "h", 1] };
+
+// The box that an arrow key leads to: the nearest of those whose middle lies that way, or null. A box beside the way counts
+// as farther.
+export function neighbour(boxes, from, key) {
+  const [along, size, sign] = DIRECTIONS[key];
+  const [across, width] = along === "x" ? ["y", "h"] : ["x", "w"];
+  const ahead = (box) => sign * (box[along] + box[size] / 2 - from[along] - from[size] / 2);
+  const aside = (box) => Math.max(0, box[across] - from[across] - from[width], from[across] - box[across] - box[width]);
+  const others = boxes.filter((box) => ahead(box) > 0.01);
+  const distance = (box) => ahead(box) + 2 * aside(box);
+  return others.reduce((best, box) => (best === null || distance(box) < distance(best) ? box : best), null);
+}

@@ -50,6 +50,7 @@ export default function Usage() {
 }
 
 function nameOf(row, by) {
+  if (by === "key" && row.key === "platform") return `keys of the platform · ${row.tenant}`;
   if (by === "key") return row.key ? `key ${row.key} · ${row.tenant}` : row.tenant;
   if (!row.adapter) return row.tenant;
   return by === "version" ? `${row.tenant}/${row.adapter}@${row.version}` : `${row.tenant}/${row.adapter}`;
