@@ -776,6 +776,18 @@ def test_bytes_in_the_console(service: Server, admin_page: Seen) -> None:
     expect(page.get_by_label("The answer")).to_contain_text("that are no text: save them with curl -o FILE")
 
 
+def test_usage_of_keys(service: Server, admin_page: Seen) -> None:
+    """Each key has its name beside its id, the platform's too."""
+    made = service.client().post("/v1/tenants/acme/keys", json={"scope": "read", "name": "the workers"}).json()
+    platform = service.client().get("/v1/whoami").json()["id"]
+    _count_reads(service, "summarize", 1, made["id"], f"platform:{platform}")
+    admin_page.open("usage", "Usage")
+    admin_page.page.get_by_label("Count by").select_option("key")
+    table = admin_page.page.get_by_role("group", name="Total usage")
+    for name in (f"the workers {made['id']} · acme", f"bootstrap {platform} · acme"):
+        expect(table.get_by_role("row").filter(has_text=name)).to_be_visible()
+
+
 def test_usage_of_days(admin_page: Seen) -> None:
     """Curves of more than a day and a half name the days, and say from when they are."""
     page = admin_page.page

@@ -57,7 +57,7 @@ export default function Adapter({ names: [tenant, reference] }) {
         <dt>Method</dt><dd><${Text}>${version.peft_type}</${Text}></dd>
         <dt>Virtual tokens</dt><dd>${number(version.num_virtual_tokens)}</dd>
         <dt>Layers</dt><dd>${number(version.num_layers)}</dd>
-        <dt>Key/value heads</dt><dd>${number(version.num_kv_heads)} of ${number(version.head_dim)}</dd>
+        <dt>Key/value heads</dt><dd>${number(version.num_kv_heads)}, each of ${number(version.head_dim)} numbers</dd>
         <dt>Stored as</dt><dd>${version.dtype}</dd>
         <dt>Size</dt><dd>${bytes(version.size.weights)} of weights, ${bytes(version.size.key_values)} of keys and values</dd>
         <dt>Parameters</dt><dd>${number(version.trainable_parameters)} trained</dd>

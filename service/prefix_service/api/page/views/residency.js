@@ -62,14 +62,14 @@ function Budget({ tier, resident, chosen, onChoose }) {
     ${forms.length > 0 && html`<${TreeMap} title=${title} forms=${forms} chosen=${chosen} onChoose=${onChoose} />`}</section>`;
 }
 
-// The forms in which a version is in a tier: {tenant, adapter, name, words, size, pinned}.
+// The forms in which a version is in a tier: {tenant, adapter, name, key, words, size, pinned}.
 const FORMS = {
-  device: (one) => (one.device_bytes ? [{ ...one, name: nameOf(one), words: "", size: one.device_bytes }] : []),
+  device: (one) => (one.device_bytes ? [{ ...one, name: nameOf(one), key: nameOf(one), words: "", size: one.device_bytes }] : []),
   host: (one) => {
     const shown = one.largest_renderings.map((form) => ({ words: wordsOf(form), size: form.nbytes }));
     const rest = one.host_bytes - shown.reduce((all, form) => all + form.size, 0);
     const all = rest > 0 ? [...shown, { words: counted(one.renderings - shown.length, "smaller one"), size: rest }] : shown;
-    return all.map((form) => ({ ...one, ...form, name: nameOf(one), pinned: false }));
+    return all.map((form, place) => ({ ...one, ...form, name: nameOf(one), key: `${nameOf(one)} ${place}`, pinned: false }));
   },
 };
 
@@ -98,7 +98,7 @@ function One({ one, onDone }) {
   const path = `${tenantPath(one.tenant, "adapters", `${one.adapter}@${one.version}`)}/residency`;
   const act = (method, json) => async () => {
     const found = await call(method, path, { json });
-    if (found?.processes > 1) say(`Worker process ${found.process}, one of ${found.processes}, has ${found.pinned ? "pinned it" : "unpinned it"}.`);
+    if (found?.processes > 1) say(`Worker process ${found.process}, one of ${found.processes}, has ${found.pinned ? "pinned" : "unpinned"} ${nameOf(one)}.`);
     onDone();
   };
   return html`<div class="card" role="region" aria-label="The chosen version"><div class="bar"><h2>
@@ -124,18 +124,19 @@ function TreeMap({ title, forms, chosen, onChoose }) {
   useEffect(() => {
     boxes.current = paint(canvas.current, forms, chosen, current);
   });
-  const pointed = forms.find((form) => keyOf(form) === current);
-  const select = (box) => setCurrent(box ? keyOf(box.item) : null);
+  const pointed = forms.find((form) => form.key === current);
+  const select = (box) => setCurrent(box ? box.item.key : null);
   const at = ({ offsetX: x, offsetY: y }) => boxes.current.find((box) => x >= box.x && x < box.x + box.w && y >= box.y && y < box.y + box.h);
   const choose = (event) => {
     const hit = at(event);
+    select(hit);
     if (hit) onChoose(hit.item.name);
   };
   const press = (event) => {
     if (!KEYS.includes(event.key) || event.ctrlKey || event.metaKey || event.altKey) return;
     event.preventDefault();
     const all = boxes.current;
-    const place = all.findIndex((box) => keyOf(box.item) === current);
+    const place = all.findIndex((box) => box.item.key === current);
     if (place < 0) select(all[0]);
     else if (event.key === "Enter" || event.key === " ") onChoose(all[place].item.name);
     else if (event.key.startsWith("Arrow")) select(neighbour(all, all[place], event.key) || all[place]);
@@ -146,8 +147,6 @@ function TreeMap({ title, forms, chosen, onChoose }) {
       aria-label=${`${title} by tenant, adapter and form: ${counted(forms.length, "box", "boxes")}. The arrow keys lead to the boxes beside, Page Down and Page Up through all of them, and Enter chooses one; the table below names the versions.`}></canvas>
     <output class="soft">${pointed ? `${[pointed.name, pointed.words].filter(Boolean).join(": ")}, ${bytes(pointed.size)}${pointed.pinned ? ", pinned" : ""}` : "Point at a box to read it, or select the map and press the arrow keys."}</output>`;
 }
-
-const keyOf = (form) => `${form.name} ${form.words}`;
 
 // Groups things by a field: [{list, size}], as `layout` takes them.
 const grouped = (list, field) => Object.values(Object.groupBy(list, (one) => one[field])).map((part) => ({ list: part, size: part.reduce((sum, one) => sum + one.size, 0) }));
@@ -181,7 +180,7 @@ function paint(canvas, forms, chosen, current) {
   pen.lineWidth = 2;
   for (const box of boxes) {
     if (box.item.name === chosen) pen.strokeRect(box.x + 1, box.y + 1, Math.max(box.w - 2, 0), Math.max(box.h - 2, 0));
-    if (keyOf(box.item) === current) pen.strokeRect(box.x + 3, box.y + 3, Math.max(box.w - 6, 0), Math.max(box.h - 6, 0));
+    if (box.item.key === current) pen.strokeRect(box.x + 3, box.y + 3, Math.max(box.w - 6, 0), Math.max(box.h - 6, 0));
     if (box.item.pinned) hatch(pen, box, text);
     if (box.w > 60 && box.h > 20) write(pen, box, box.item.name, 15, text);
     if (box.w > 60 && box.h > 36) write(pen, box, box.item.words, 30, text);
