@@ -780,7 +780,7 @@ def test_usage_of_keys(service: Server, admin_page: Seen) -> None:
     """Each key has its name beside its id, the platform's too."""
     made = service.client().post("/v1/tenants/acme/keys", json={"scope": "read", "name": "the workers"}).json()
     platform = service.client().get("/v1/whoami").json()["id"]
-    _count_reads(service, "summarize", 1, made["id"], f"platform:{platform}")
+    _count_reads(service, "summarize", 9, made["id"], f"platform:{platform}")
     admin_page.open("usage", "Usage")
     admin_page.page.get_by_label("Count by").select_option("key")
     table = admin_page.page.get_by_role("group", name="Total usage")

@@ -41,14 +41,15 @@ function worst(areas, side) {
 
 const DIRECTIONS = { ArrowLeft: ["x", "w", -1], ArrowRight: ["x", "w", 1], ArrowUp: ["y", "h", -1], ArrowDown: ["y", "h", 1] };
 
-// The box that an arrow key leads to: the nearest of those whose middle lies that way, or null. A box beside the way counts
-// as farther.
+// The box that an arrow key leads to: the nearest of those that lie wholly that way, or null. A box that is not straight
+// ahead counts as farther.
 export function neighbour(boxes, from, key) {
   const [along, size, sign] = DIRECTIONS[key];
   const [across, width] = along === "x" ? ["y", "h"] : ["x", "w"];
-  const ahead = (box) => sign * (box[along] + box[size] / 2 - from[along] - from[size] / 2);
+  const between = (one, two) => (sign > 0 ? two[along] - one[along] - one[size] : one[along] - two[along] - two[size]);
   const aside = (box) => Math.max(0, box[across] - from[across] - from[width], from[across] - box[across] - box[width]);
-  const others = boxes.filter((box) => ahead(box) > 0.01);
-  const distance = (box) => ahead(box) + 2 * aside(box);
+  const middles = (box) => Math.abs(box[across] + box[width] / 2 - from[across] - from[width] / 2);
+  const distance = (box) => between(from, box) + 2 * aside(box) + middles(box) / 1000;
+  const others = boxes.filter((box) => box !== from && between(from, box) > -0.01);
   return others.reduce((best, box) => (best === null || distance(box) < distance(best) ? box : best), null);
 }
