@@ -83,7 +83,8 @@ class AuditLog:
                     raise NotFound(f"there is no tenant {tenant!r}")
                 query = query.where(audit.c.tenant_id == owner)
             if wanted != EVERYTHING:
-                mine = sa.true() if tenant is None else audit.c.tenant_id == owner
+                # A condition in either case, so that the latest are read from an index and no table is read whole.
+                mine = audit.c.id > 0 if tenant is None else audit.c.tenant_id == owner
                 query = query.where(audit.c.id >= _first_examined(mine), *_conditions(wanted))
             return [AuditEntry(*row) for row in connection.execute(query)]
 

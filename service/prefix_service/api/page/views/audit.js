@@ -59,7 +59,7 @@ function Entries({ wanted, parameters }) {
 
 function Entry({ entry }) {
   const actor = actorOf(entry);
-  return html`<tr><td><a href="#/audit/${entry.id}">${moment(entry.at)}</a></td><td>${entry.action}</td>
+  return html`<tr><td class="when"><a href="#/audit/${entry.id}">${moment(entry.at)}</a></td><td>${entry.action}</td>
     <td><${Text}>${entry.target}</${Text}><div class="soft narrowonly">by${" "}<${Text}>${actor}</${Text}></div></td>
     <td class="wideonly"><${Text}>${actor}</${Text}>${entry.key_name && html`<div><${Text}>${entry.key_name}</${Text}></div>`}
       ${entry.key_id !== entry.actor && html`<div class="soft mono">${entry.key_id}</div>`}</td>
