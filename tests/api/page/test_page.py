@@ -333,6 +333,7 @@ def test_an_alias_is_moved_and_rolled_back(service: Server, admin_page: Seen) ->
     _count_reads(service, "rolled", 3, fleet["id"])
     page.clock.install()
     admin_page.open("adapters/acme/rolled@3", "acme/rolled")
+    expect(page.get_by_text("read in the hour that begins here, and in no other")).to_be_visible()
     page.get_by_role("button", name="Move alias prod").click()
     dialog = page.get_by_role("dialog")
     expect(dialog.get_by_role("row").filter(has_text="revision")).to_contain_text('"r0""r2"')
@@ -390,7 +391,7 @@ def test_two_versions_are_compared(admin_page: Seen) -> None:
     expect(rows).to_contain_text('"r1""r0"')
     expect(page.get_by_role("row").filter(has_text="peft_type")).to_have_count(0)
     timeline = page.get_by_role("list").filter(has_text="published")
-    expect(timeline).to_contain_text("alias prod was moved to this version")
+    expect(timeline).to_contain_text("alias prod was moved to this version by the platform (bootstrap)")
     expect(timeline.get_by_role("link").first).to_have_attribute("href", re.compile("^#/audit/[0-9a-f]{32}$"))
 
 

@@ -57,6 +57,8 @@ def test_a_pin_is_one_processes(service: Server, seen: Seen) -> None:
         number = said.search(seen.page.get_by_text(said).inner_text())
         assert number is not None
         expect(seen.page.get_by_text(words)).to_have_count(int(int(number[1]) == pinned["process"]))
+    seen.open("adapters/acme", "Adapters of acme")
+    expect(seen.page.get_by_text(re.compile("^1 adapter, "))).to_be_visible()
     seen.open("adapters/acme/a@1", "acme/a")
     seen.page.get_by_role("button", name=re.compile("^(Pin|Unpin)$")).click()
     toast = seen.page.get_by_text(re.compile(r"^The version is in memory.* in worker process \d+, one of 2\.$"))
