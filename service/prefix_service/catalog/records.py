@@ -134,7 +134,8 @@ class Version(NewVersion):
     @property
     def memory(self) -> int:
         """An estimate of the bytes of memory that this object takes, `prefix_config` included."""
-        return 6144 + sys.getsizeof(self.manifest)
+        # The name of the base model is kept a second time in `prefix_config`; only these two may be long.
+        return 3072 + sys.getsizeof(self.manifest) + 2 * sys.getsizeof(self.base_model)
 
 
 @dataclass(frozen=True, slots=True)

@@ -183,8 +183,11 @@ class Admission:
         Raises:
             Overloaded: there are too many in flight.
         """
-        with self._counting("requests", Overloaded):
+        try:  # every request comes here, and `_counting` would cost two microseconds
             self.requests.begin(tenant, reserved=reserved)
+        except Overloaded:
+            self._refused["requests"] += 1
+            raise
 
     def begin_stranger(self) -> None:
         """Counts a request without a key. End it with `requests.end_stranger`.

@@ -92,7 +92,7 @@ class Guarded(asyncio.Protocol):
         self._waited, self._waited_after = 0.0, None
         self._reader = Patience(deadlines.send)
         self._unsent = self._sent = 0
-        self._has_key = False  # whether a request with a valid key came
+        self._principal: Principal | None = None  # of the newest request with a valid key
         self._caller = ""  # in whose turn input is parsed: the newest request's tenant, or the peer
         self._unparsed: bytes | memoryview = b""
         self._is_waiting = False  # for a turn to be parsed
@@ -137,7 +137,7 @@ class Guarded(asyncio.Protocol):
         A connection whose reader has no key and does not keep up counts as idle: nobody waits for its answer.
         """
         self._note_key()
-        if self.cycle is None or (not self._has_key if self.flow.write_paused else self.cycle.response_complete):
+        if self.cycle is None or (self._principal is None if self.flow.write_paused else self.cycle.response_complete):
             self._peers.idle(self)
         else:
             self._peers.busy(self)
@@ -146,8 +146,9 @@ class Guarded(asyncio.Protocol):
         if self.cycle is None:
             return
         if (principal := self.cycle.scope.get("principal")) is not None:
-            self._has_key, self._caller = True, _turn_of(principal)
-        elif not self._has_key:
+            if principal is not self._principal:
+                self._principal, self._caller = principal, _turn_of(principal)
+        elif self._principal is None:
             self._caller = f"{peer_name(self._peer)}, again"  # many new connections do not delay a probe's
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -239,7 +240,7 @@ class Guarded(asyncio.Protocol):
 
         Resets it if its reader has no key and does not keep up.
         """
-        if self.transport.get_write_buffer_size() and not self._has_key:
+        if self.transport.get_write_buffer_size() and self._principal is None:
             self.transport.abort()
         else:
             super().shutdown()  # type: ignore[misc]
@@ -262,7 +263,7 @@ class Guarded(asyncio.Protocol):
         if self.flow.write_paused:
             self._sent += self._unsent - unsent
             self._unsent = unsent
-            if self._has_key:
+            if self._principal is not None:
                 (self._peers.busy if self._sent else self._peers.stalled)(self)
         self._reader.spend(self._every, self._sent)
         self._sent = 0
