@@ -266,8 +266,8 @@ def test_changes_are_filtered(audit: AuditLog, catalog: Catalog, own: Principal)
     catalog.put_alias("acme", "a", "prod", 2, own)
     moved, before = [entry for entry in entries(audit, "acme") if entry.action == "alias.moved"]
 
-    def listed(*wanted: str | None, hides_platform: bool = False) -> list[AuditEntry]:
-        return audit.listed("acme", before=None, limit=9, wanted=AuditFilter(*wanted, hides_platform=hides_platform))
+    def listed(action: str | None, search: str | None = None, hides_platform: bool = False) -> list[AuditEntry]:
+        return audit.listed("acme", before=None, limit=9, wanted=AuditFilter(action, search, hides_platform))
 
     assert listed("alias.moved") == [moved, before]
     for text in ("OWN", own.key_id):
