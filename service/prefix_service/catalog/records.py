@@ -213,6 +213,17 @@ class AuditEntry:
     key_name: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class AuditFilter:
+    """Which changes are wanted: those of an action, and those with a text, in capitals or not, in their target, tenant
+    or actor, or in their key's id or name. With `hides_platform` the ids and names of the platform's keys do not
+    count: the caller sees none of them."""
+
+    action: str | None = None
+    search: str | None = None
+    hides_platform: bool = False
+
+
 Dimension = Literal["adapter", "version", "key"]
 """What usage can be listed by, beside hour and tenant."""
 
