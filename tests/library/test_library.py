@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file, save
 
 from prefix_service.blobs.folder import FolderBlobStore
-from prefix_service.catalog.catalog import Catalog
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.keys import Keyring
 from prefix_service.catalog.records import COMMAND_LINE, Principal, Quotas, Version
@@ -30,6 +29,7 @@ from prefix_service.prefix.wire.masks import InputMask
 from prefix_service.registry.registry import AdapterRegistry
 from tests.admission import generous_admission
 from tests.blobs.test_folder import largest_file
+from tests.catalog.conftest import HoldingCatalog
 from tests.conftest import CORPUS
 
 TARGET = Target("acme", "a", COMMAND_LINE)
@@ -97,7 +97,7 @@ def with_other_bits(database: Database, tmp_path: Path, version: Version) -> Ver
     data[-4] ^= 1
     staged = FolderBlobStore(tmp_path / "blobs").stage()
     staged.write(data)
-    return Catalog(database).replace_key_values(version, staged.commit())
+    return HoldingCatalog(database).replace_key_values(version, staged.commit())
 
 
 async def test_an_mlp_that_gives_other_bits_gets_another_entity_tag(
@@ -114,7 +114,7 @@ async def test_an_mlp_that_gives_other_bits_gets_another_entity_tag(
     with pytest.raises(EncodedAgain) as again:
         await body_of(cases, old)
     new = again.value.version
-    assert new == Catalog(database).resolve("acme", parse_reference("a"))
+    assert new == HoldingCatalog(database).resolve("acme", parse_reference("a"))
     assert new.key_values == version.key_values
     flags = torch.tensor([[0, 1, 1], [1, 1, 1]], dtype=torch.uint8)
     for mask in (None, InputMask(flags, torch.int64)):
@@ -161,9 +161,9 @@ async def test_who_loses_the_race_takes_the_winners_bits(cases: UseCases, databa
     """Two processes that encode again, each with other bits: the catalog keeps what came first."""
     version = await published(cases, "gpt2-n20-proj-trainstate")
     old = with_other_bits(database, tmp_path, version)
-    first = Catalog(database).replace_key_values(old, version.key_values)
+    first = HoldingCatalog(database).replace_key_values(old, version.key_values)
     assert first.key_values == version.key_values
-    assert Catalog(database).replace_key_values(old, f"sha256:{'0' * 64}") == first
+    assert HoldingCatalog(database).replace_key_values(old, f"sha256:{'0' * 64}") == first
 
 
 async def test_lost_bits_are_served_though_the_disk_is_full(

@@ -135,12 +135,14 @@ aliases = sa.Table(
     sa.Column("previous", sa.Integer),
 )
 
-# Blobs that a deletion let go, and since when: their bytes stay for the grace period.
+# Blobs that a deletion let go, or that are about to be named, and since when: their bytes stay for the grace period.
+# `condemned` is the moment at which a collector began to remove them; it is NULL otherwise.
 garbage = sa.Table(
     "garbage",
     metadata,
     sa.Column("digest", sa.Text, primary_key=True),
     sa.Column("since", sa.DateTime, nullable=False, server_default=sa.func.now(), index=True),
+    sa.Column("condemned", sa.DateTime),
 )
 
 # Bytes that deletions let go, by tenant and second: they count towards the tenant's quota until their blobs have been
