@@ -18,7 +18,7 @@ import obstore
 from tests.benchmarks.speed.peers import started
 from tests.blobs.places import objects
 from tests.commands import PREFIX_SERVICE
-from tests.conftest import Server, free_port, running_server
+from tests.conftest import Server, free_port, running_process
 from tests.missing import not_tested
 from tests.pages.markdown import PACKAGE
 from tests.postgresql import PostgreSQL
@@ -52,7 +52,7 @@ class Fleet:
         port = self.ports[number]
         more = {"PREFIX_ADVERTISE": f"http://127.0.0.1:{port}/", **self.environment, **environment}
         options = ("--port", str(port), *self.options)
-        made = running_server(self.data_dir(number), *options, environment=more, program=program)
+        made = running_process(self.data_dir(number), *options, environment=more, program=program)
         server = self.servers[number] = stack.enter_context(made)
         self._running[number] = stack
         return server
