@@ -225,8 +225,12 @@ def haproxy_configuration(port: int, servers: list[int]) -> str:
     machine."""
     text = files("prefix_service").joinpath("deploy", "haproxy.cfg").read_text()
     text = re.sub(r"bind :443 .*", f"bind 127.0.0.1:{port}", text)
-    lines = "".join(f"    server {name} 127.0.0.1:{to}\n" for name, to in zip(_NAMES, servers, strict=False))
-    return re.sub(r"( +server \w+ \S+\n)+", lines, text)
+    for kind, rest in (("", ""), ("unready-", " no-check backup")):
+        lines = "".join(
+            f"    server {kind}{name} 127.0.0.1:{to}{rest}\n" for name, to in zip(_NAMES, servers, strict=True)
+        )
+        text = re.sub(rf"( +server {kind}[a-z] .*\n)+", lines, text)
+    return text
 
 
 @contextlib.contextmanager
