@@ -18,6 +18,7 @@ from prefix_service.system.sizes import parse_bytes
 from tests.benchmarks.speed.peers import started
 from tests.client.forwarder import Forwarder, forwarders
 from tests.conftest import Server, free_port
+from tests.fleet.starting import haproxy_file, haproxy_program
 from tests.missing import not_tested
 from tests.pages.markdown import PACKAGE
 from tests.pages.story import Story, network
@@ -53,12 +54,9 @@ def test_it_names_settings_that_exist(file: Path) -> None:
 @pytest.fixture
 def haproxy(tmp_path: Path, server: Server) -> Iterator[tuple[str, list[Forwarder]]]:
     """Yields the URL of HAProxy with the file's configuration, and three addresses of the service behind it."""
-    program = shutil.which("haproxy", path="/usr/sbin:/usr/bin") or not_tested("HAProxy is not installed")
-    text, port = (FOLDER / "haproxy.cfg").read_text(), free_port()
-    text = re.sub(r"bind :443 .*", f"bind 127.0.0.1:{port}", text)
+    port = free_port()
     with forwarders(server.url, *[("127.0.0.1", 0)] * 3) as replicas:
-        for name, replica in zip("abc", replicas, strict=True):
-            text = re.sub(rf"(server {name}) \S+", rf"\1 127.0.0.1:{replica.port}", text)
+        program, text = haproxy_program(), haproxy_file(port, [replica.port for replica in replicas])
         file = tmp_path / "haproxy.cfg"
         file.write_text(text)
         checked = subprocess.run([program, "-c", "-f", file], capture_output=True, text=True)
