@@ -327,6 +327,7 @@ def test_a_newer_database_is_refused(place: Place) -> None:
     """A newer catalog is refused and left as it was; the message says what to do, without a password."""
     Database(place).close()
     execute(place, "UPDATE alembic_version SET version_num = '9999'")
+    execute(place, "UPDATE catalog SET usable_since = '9998'")
     before = contents(place)
     secret = place
     if isinstance(place, str):
@@ -336,6 +337,23 @@ def test_a_newer_database_is_refused(place: Place) -> None:
     ) as told:
         Database(secret)
     assert "hunter2" not in str(told.value)
+    assert contents(place) == before
+
+
+def test_a_newer_database_that_only_has_more_is_used(place: Place) -> None:
+    """On PostgreSQL, whose replicas are upgraded one after another; a folder of a newer service is refused."""
+    Database(place).close()
+    execute(place, "ALTER TABLE garbage ADD COLUMN later TEXT")
+    execute(place, "UPDATE alembic_version SET version_num = '9999'")
+    before = contents(place)
+    if isinstance(place, str):
+        for read_only in (False, True):
+            database = Database(place, read_only=read_only)
+            HoldingCatalog(database).check()
+            database.close()
+    else:
+        with pytest.raises(StorageFailed, match="newer prefix-service"):
+            Database(place)
     assert contents(place) == before
 
 

@@ -99,7 +99,7 @@ class Campaign(Generic[W]):
         row.goes_on = _longest(row.goes_on, self._goes_on(seen, mended))
         self._suffering.wait_until_ready()
         row.whole = max(row.whole, now() - mended)
-        self._replay()
+        self.replay()
         self._observe(row, seen, began, ended)
         row.errors += seen.errors
         row.wrong += len(self.truth.wrong) - before[0]
@@ -130,7 +130,7 @@ class Campaign(Generic[W]):
             time.sleep(0.02)
         return None
 
-    def _replay(self) -> None:
+    def replay(self) -> None:
         """Compares everything that was acknowledged with the present answers of each address."""
         with self.work.quiet():
             for client in self._suffering.clients(timeout=30):
@@ -183,7 +183,7 @@ class Campaign(Generic[W]):
                 self.truth.lost.append(f"SIGTERM ended the service with status {status}")
             self._suffering.start()
             self._suffering.wait_until_ready()
-        self._replay()
+        self.replay()
 
 
 class ServiceCampaign(Campaign[Work]):

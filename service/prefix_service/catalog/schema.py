@@ -174,7 +174,8 @@ audit = sa.Table(
 )
 
 # One row: the random id of this catalog, which a backup keeps, the revision of its latest change, and on PostgreSQL,
-# from the first start on, whose it is (`claim.py`).
+# from the first start on, whose it is (`claim.py`). Releases that know the schema `usable_since`, or a later one, can
+# use this schema, which may be newer than theirs.
 catalog = sa.Table(
     "catalog",
     metadata,
@@ -182,6 +183,7 @@ catalog = sa.Table(
     sa.Column("revision", sa.BigInteger, nullable=False),
     sa.Column("key_secret", sa.Text),
     sa.Column("blob_store", sa.Text),
+    sa.Column("usable_since", sa.Text),
 )
 
 # What `changes.py` stores. `tenant_id` says who may read the row, as in `audit`; without a foreign key, since the row

@@ -1,4 +1,4 @@
-"""Blobs that a collector is removing."""
+"""Blobs that a collector is removing, and the oldest release that can use this schema."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -8,5 +8,8 @@ down_revision = "0013"
 
 
 def upgrade() -> None:
-    """Add the column."""
+    """Add the columns. A later migration that removes or renames what this release uses must set `usable_since` to its
+    own revision; one that only adds leaves it."""
     op.add_column("garbage", sa.Column("condemned", sa.DateTime))
+    op.add_column("catalog", sa.Column("usable_since", sa.Text))
+    op.execute(f"UPDATE catalog SET usable_since = '{revision}'")
