@@ -1,5 +1,5 @@
-"""`python -m tests.fleet.upgrade [COMMIT]` replaces the replicas of a fleet in use, one after another: first they run an
-older commit, at the end the working tree.
+"""`python -m tests.fleet.upgrade [COMMIT]` replaces the replicas of a fleet in use, one after another: they run an
+older commit first, and the working tree at the end.
 """
 
 import contextlib

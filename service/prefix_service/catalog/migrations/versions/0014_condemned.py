@@ -12,4 +12,4 @@ def upgrade() -> None:
     own revision; one that only adds leaves it."""
     op.add_column("garbage", sa.Column("condemned", sa.DateTime))
     op.add_column("catalog", sa.Column("usable_since", sa.Text))
-    op.execute(f"UPDATE catalog SET usable_since = '{revision}'")
+    op.execute(sa.update(sa.table("catalog", sa.column("usable_since"))).values(usable_since=revision))
