@@ -1,7 +1,8 @@
 """Lets a suite that was written for one service run against fleets: `pytest tests/api --fleet`.
 
 Every service that a test starts is then three replicas behind HAProxy. What tests ask of one process (its data folder,
-its log, its memory) a fleet does not have: such a test skips, and says what it asked for.
+its log, its memory) a fleet does not have: such a test skips, and says what it asked for. So does a test that is marked
+with `one_process`.
 """
 
 import contextlib
@@ -121,6 +122,11 @@ class FleetSuite:
             bin_ = binaries() or not_tested("PostgreSQL is not installed")
             self._postgresql, self._seaweedfs = PostgreSQL(bin_, free_port()), SeaweedFS(free_port)
         return self._postgresql, self._seaweedfs
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        for item in items:
+            if (marker := item.get_closest_marker("one_process")) is not None:
+                item.add_marker(pytest.mark.skip(reason=f"{_SKIPPED}{marker.args[0]}"))
 
     def pytest_runtest_setup(self) -> None:
         self._is_used = False
