@@ -10,7 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Final, NoReturn
 
 import httpx
 import pytest
@@ -22,7 +22,14 @@ from tests.missing import not_tested
 from tests.postgresql import PostgreSQL, binaries
 from tests.seaweedfs import SeaweedFS
 
-_SKIPPED = "ONE PROCESS ALONE: "
+_SKIPPED: Final = "ONE PROCESS ALONE: "
+_FOLDERS: Final = {
+    "framing": "HAProxy reads requests first",
+    "server": "it is about connections, and HAProxy has those of callers",
+    "processes": "it is about the workers of one service",
+    "metrics": "each replica has its own metrics",
+}
+"""Folders of `tests/api` that are about one process, and why."""
 
 
 def one_process_alone(reason: str) -> NoReturn:
@@ -125,8 +132,9 @@ class FleetSuite:
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         for item in items:
-            if (marker := item.get_closest_marker("one_process")) is not None:
-                item.add_marker(pytest.mark.skip(reason=f"{_SKIPPED}{marker.args[0]}"))
+            marker = item.get_closest_marker("one_process")
+            if reason := marker.args[0] if marker else _FOLDERS.get(item.path.parent.name):
+                item.add_marker(pytest.mark.skip(reason=f"{_SKIPPED}{reason}"))
 
     def pytest_runtest_setup(self) -> None:
         self._is_used = False

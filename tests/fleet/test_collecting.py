@@ -3,9 +3,9 @@
 import asyncio
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from unittest.mock import patch
 
@@ -77,7 +77,7 @@ class Machine:
             pass
         self.age(garbage.c.since, 3600)
 
-    def age(self, column: "sa.Column[object]", seconds: float) -> None:
+    def age(self, column: sa.Column[datetime], seconds: float) -> None:
         """Moves a moment of all garbage back."""
         with self.database.writing() as connection:
             earlier = column - timedelta(seconds=seconds)
@@ -103,7 +103,7 @@ def machines(engines: Engines, tmp_path: Path) -> Iterator[list[Machine]]:
         machine.database.close()
 
 
-async def collecting(machine: Machine) -> "asyncio.Task[None]":
+async def collecting(machine: Machine) -> asyncio.Task[None]:
     """Begins a collection that has decided what to remove, and has not removed it yet."""
 
     def collect() -> None:
@@ -129,7 +129,12 @@ async def test_what_is_published_during_its_removal_stays(
     removal = await collecting(collector)
     asked: list[bool] = []
     hold = Catalog.hold
-    monkeypatch.setattr(Catalog, "hold", lambda *arguments: asked.append(hold(*arguments)) or asked[-1])
+
+    def noted(catalog: Catalog, digests: Collection[str]) -> bool:
+        asked.append(hold(catalog, digests))
+        return asked[-1]
+
+    monkeypatch.setattr(Catalog, "hold", noted)
     again = asyncio.create_task(publisher.publish())
     await until(lambda: False in asked or again.done())
     collector.bucket.may_go_on.set()

@@ -69,7 +69,7 @@ def haproxy(tmp_path: Path, server: Server) -> Iterator[tuple[str, list[Forwarde
 
 
 def test_haproxy_sends_all_of_an_adapter_to_one_replica(haproxy: tuple[str, list[Forwarder]], server: Server) -> None:
-    """Its versions, forms and spellings; the next replica takes over where one has gone, and changes pass."""
+    """Its versions, forms and spellings, under every route; the next replica takes over where one has gone, and changes pass."""
     url, replicas = haproxy
     names = [f"acme/h{number}" for number in range(6)]
     with PrefixClient(server.url, server.admin_key) as direct:
@@ -77,7 +77,7 @@ def test_haproxy_sends_all_of_an_adapter_to_one_replica(haproxy: tuple[str, list
             direct.publish(name, CASE)
 
     def seen() -> list[list[bytes]]:
-        found = [[head for head in each.heads if b"/adapters/" in head] for each in replicas]
+        found = [[head for head in each.heads if b"/adapters/" in head or b"/v2/" in head] for each in replicas]
         for each in replicas:
             each.heads = []
         return found
@@ -93,8 +93,12 @@ def test_haproxy_sends_all_of_an_adapter_to_one_replica(haproxy: tuple[str, list
             odd = f"{url}/v1/tenants/{tenant}/adapters/{adapter}%40prod/prefix"
             upgrade = {"Authorization": f"Bearer {server.admin_key}", "Upgrade": "h2c", "Connection": "Upgrade"}
             assert plain.get(odd, headers=upgrade).status_code == 200
+            for model in (f"{tenant}/{adapter}", f"{tenant}%2F{adapter}/versions/1"):
+                assert plain.get(f"{url}/v2/models/{model}", headers=upgrade).status_code == 200
+            load = f"{url}/v2/repository/models/{tenant}/{adapter}/load"
+            assert plain.post(load, headers=upgrade).status_code == 200
             heads = seen()
-            assert sorted(map(len, heads)) == [0, 0, 4]
+            assert sorted(map(len, heads)) == [0, 0, 7]
             homes.append(next(index for index, found in enumerate(heads) if found))
             assert not any(b"h2c" in head for head in heads[homes[-1]])
         replicas[homes[0]].leave()
