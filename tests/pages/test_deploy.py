@@ -69,7 +69,7 @@ def haproxy(tmp_path: Path, server: Server) -> Iterator[tuple[str, list[Forwarde
 
 
 def test_haproxy_sends_all_of_an_adapter_to_one_replica(haproxy: tuple[str, list[Forwarder]], server: Server) -> None:
-    """Its versions, forms, spellings and protocols; the next replica takes over where one has gone, and changes pass."""
+    """Its versions, forms, spellings and protocols; the next replica takes over where one has gone; changes pass."""
     url, replicas = haproxy
     names = [f"acme/h{number}" for number in range(6)]
     with PrefixClient(server.url, server.admin_key) as direct:
