@@ -13,11 +13,13 @@ from safetensors.torch import load_file, save
 
 from prefix_service.blobs.folder import FolderBlobStore
 from prefix_service.catalog.database import Database
+from prefix_service.catalog.garbage import Garbage
 from prefix_service.catalog.keys import Keyring
 from prefix_service.catalog.records import COMMAND_LINE, Principal, Quotas, Version
 from prefix_service.catalog.tenants import Tenants
 from prefix_service.catalog.threads import write_catalog
 from prefix_service.errors import CorruptBlob, OutOfSpace, QuotaExceeded, ReadOnly, Unavailable
+from prefix_service.library import encodings
 from prefix_service.library.arrivals import Target
 from prefix_service.library.encodings import EncodedAgain
 from prefix_service.library.plan import Limits, PrefixRequest
@@ -29,7 +31,7 @@ from prefix_service.prefix.wire.masks import InputMask
 from prefix_service.registry.registry import AdapterRegistry
 from tests.admission import generous_admission
 from tests.blobs.test_folder import largest_file
-from tests.catalog.conftest import HoldingCatalog
+from tests.catalog.conftest import HoldingCatalog, remove_deleted
 from tests.conftest import CORPUS
 
 TARGET = Target("acme", "a", COMMAND_LINE)
@@ -234,6 +236,21 @@ async def test_a_read_only_library_serves_what_it_can_make(cases: UseCases, data
             pytest.fail("a read-only service takes an upload")
     assert sorted((tmp_path / "blobs").rglob("*")) == before
     read_only.close()
+
+
+async def test_bytes_that_are_being_removed_are_refused(
+    cases: UseCases, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A publication does not wait for ever for a collector that removes the same bytes, and stores nothing."""
+    monkeypatch.setattr(encodings, "_REMOVAL", 0.0)
+    version = await published(cases, "llama-n20-emb")
+    HoldingCatalog(database).delete("acme", parse_reference("a"), COMMAND_LINE)
+    remove_deleted(database)
+    condemned = Garbage(database).condemn([version.key_values], 0)
+    with pytest.raises(Unavailable, match="another process is removing the same bytes"):
+        await published(cases, "llama-n20-emb")
+    Garbage(database).acquit(condemned)
+    assert (await published(cases, "llama-n20-emb")).key_values == version.key_values
 
 
 async def test_a_blob_folder_that_is_gone_is_not_damage(cases: UseCases, tmp_path: Path) -> None:
