@@ -7,11 +7,8 @@ from typing import Final
 
 _ROOT: Final = Path(__file__).parents[2]
 _CHOSEN: Final = (
-    "open_inference/test_routes.py",
     "routes/test_adapters.py",
-    "routes/test_audit.py",
     "routes/test_listings.py",
-    "routes/test_prefix_headers.py",
     "routes/test_publishing.py",
     "routes/test_tenants.py",
 )
