@@ -208,7 +208,7 @@ def _checked_out(commit: str, folder: Path) -> Iterator[Path]:
 def _newest_other() -> str:
     """Returns the newest commit before HEAD, on its first parents, whose service differs from the working tree's."""
     for commit in _git("rev-list", "--first-parent", "HEAD").split():
-        if _git("diff", "--name-only", commit, "--", "service/prefix_service"):
+        if _git("diff", "--name-only", commit, "--", ":(glob)service/prefix_service/**/*.py"):
             return commit
     sys.exit("no commit has another service/: name one")
 
