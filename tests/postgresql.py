@@ -75,10 +75,20 @@ class PostgreSQL:
             self.start()
 
     @contextlib.contextmanager
+    def killed(self) -> Iterator[None]:
+        """Kills every process of the server until the block ends."""
+        for pid in self._pids():
+            os.kill(pid, signal.SIGKILL)
+        self._process.wait(30)
+        try:
+            yield
+        finally:
+            self.start()
+
+    @contextlib.contextmanager
     def stopped(self) -> Iterator[None]:
         """Stops every process of the server, whose kernel goes on to accept connections, until the block ends."""
-        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")
-        pids = [self._process.pid, *map(int, children.read_text().split())]
+        pids = self._pids()
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
         try:
@@ -87,10 +97,25 @@ class PostgreSQL:
             for pid in pids:
                 os.kill(pid, signal.SIGCONT)
 
+    def _pids(self) -> list[int]:
+        """Returns the processes of the server, the first of which starts the others."""
+        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")
+        return [self._process.pid, *map(int, children.read_text().split())]
+
+    @property
+    def port(self) -> int:
+        """The TCP port of the server."""
+        return self._port
+
     def cut_notifications_off(self, database: str) -> None:
         """Makes NOTIFY by `pg_notify` do nothing in a database, for connections that begin from now on."""
         self.execute("CREATE FUNCTION public.pg_notify(text, text) RETURNS void LANGUAGE sql AS 'SELECT'", database)
         self.execute(f"ALTER DATABASE {database} SET search_path = public, pg_catalog")
+
+    def let_notifications_through(self, database: str) -> None:
+        """Makes NOTIFY work again, for connections that begin from now on."""
+        self.execute(f"ALTER DATABASE {database} RESET search_path")
+        self.execute("DROP FUNCTION public.pg_notify(text, text)", database)
 
     def end_sessions(self, database: str) -> None:
         """Breaks off every session of a database."""

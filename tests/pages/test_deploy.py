@@ -18,6 +18,7 @@ from prefix_service.system.sizes import parse_bytes
 from tests.benchmarks.speed.peers import started
 from tests.client.forwarder import Forwarder, forwarders
 from tests.conftest import Server, free_port
+from tests.fleet.starting import haproxy_file, haproxy_program
 from tests.missing import not_tested
 from tests.pages.markdown import PACKAGE
 from tests.pages.story import Story, network
@@ -53,12 +54,9 @@ def test_it_names_settings_that_exist(file: Path) -> None:
 @pytest.fixture
 def haproxy(tmp_path: Path, server: Server) -> Iterator[tuple[str, list[Forwarder]]]:
     """Yields the URL of HAProxy with the file's configuration, and three addresses of the service behind it."""
-    program = shutil.which("haproxy", path="/usr/sbin:/usr/bin") or not_tested("HAProxy is not installed")
-    text, port = (FOLDER / "haproxy.cfg").read_text(), free_port()
-    text = re.sub(r"bind :443 .*", f"bind 127.0.0.1:{port}", text)
+    port = free_port()
     with forwarders(server.url, *[("127.0.0.1", 0)] * 3) as replicas:
-        for name, replica in zip("abc", replicas, strict=True):
-            text = re.sub(rf"(server {name}) \S+", rf"\1 127.0.0.1:{replica.port}", text)
+        program, text = haproxy_program(), haproxy_file(port, [replica.port for replica in replicas])
         file = tmp_path / "haproxy.cfg"
         file.write_text(text)
         checked = subprocess.run([program, "-c", "-f", file], capture_output=True, text=True)
@@ -71,7 +69,7 @@ def haproxy(tmp_path: Path, server: Server) -> Iterator[tuple[str, list[Forwarde
 
 
 def test_haproxy_sends_all_of_an_adapter_to_one_replica(haproxy: tuple[str, list[Forwarder]], server: Server) -> None:
-    """Its versions, forms and spellings; the next replica takes over where one has gone, and changes pass."""
+    """Its versions, forms, spellings and protocols; the next replica takes over where one has gone; changes pass."""
     url, replicas = haproxy
     names = [f"acme/h{number}" for number in range(6)]
     with PrefixClient(server.url, server.admin_key) as direct:
@@ -79,7 +77,7 @@ def test_haproxy_sends_all_of_an_adapter_to_one_replica(haproxy: tuple[str, list
             direct.publish(name, CASE)
 
     def seen() -> list[list[bytes]]:
-        found = [[head for head in each.heads if b"/adapters/" in head] for each in replicas]
+        found = [[head for head in each.heads if b"/adapters/" in head or b"/v2/" in head] for each in replicas]
         for each in replicas:
             each.heads = []
         return found
@@ -95,8 +93,12 @@ def test_haproxy_sends_all_of_an_adapter_to_one_replica(haproxy: tuple[str, list
             odd = f"{url}/v1/tenants/{tenant}/adapters/{adapter}%40prod/prefix"
             upgrade = {"Authorization": f"Bearer {server.admin_key}", "Upgrade": "h2c", "Connection": "Upgrade"}
             assert plain.get(odd, headers=upgrade).status_code == 200
+            for model in (f"{tenant}/{adapter}", f"{tenant}%2F{adapter}/versions/1"):
+                assert plain.get(f"{url}/v2/models/{model}", headers=upgrade).status_code == 200
+            load = f"{url}/v2/repository/models/{tenant}/{adapter}/load"
+            assert plain.post(load, headers=upgrade).status_code == 200
             heads = seen()
-            assert sorted(map(len, heads)) == [0, 0, 4]
+            assert sorted(map(len, heads)) == [0, 0, 7]
             homes.append(next(index for index, found in enumerate(heads) if found))
             assert not any(b"h2c" in head for head in heads[homes[-1]])
         replicas[homes[0]].leave()

@@ -260,6 +260,7 @@ def test_every_answer_names_the_catalog(watched: Watched) -> None:
     assert {answer.headers["prefix-catalog"] for answer in answers} == {expected}
 
 
+@pytest.mark.one_process("each process bounds its own watchers")
 def test_watchers_are_bounded(watched: Watched) -> None:
     """A tenant may be a quarter of the watchers; its other requests and other tenants are not affected."""
     client = watched.clients["beta read"]
