@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Final
 
 import httpx
@@ -143,6 +144,8 @@ def haproxy_file(port: int, ports: Sequence[int]) -> str:
     """Returns the file to copy with these ports of HAProxy and of the replicas, and without TLS."""
     text = (PACKAGE / "deploy" / "haproxy.cfg").read_text()
     text = re.sub(r"bind :443 .*", f"bind 127.0.0.1:{port}", text)
-    for name, replica in zip(NAMES, ports, strict=True):
-        text = re.sub(rf"(server {name}) \S+", rf"\1 127.0.0.1:{replica}", text)
+    for kind, rest in (("", ""), ("unready-", " no-check backup")):
+        servers = zip(ascii_lowercase, ports, strict=False)
+        lines = "".join(f"    server {kind}{name} 127.0.0.1:{replica}{rest}\n" for name, replica in servers)
+        text = re.sub(rf"( +server {kind}[a-z] .*\n)+", lines, text)
     return text

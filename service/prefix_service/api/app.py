@@ -211,7 +211,7 @@ def _compose(
     if settings.catalog_url is not None and not settings.read_only:
         beats = Replicas(database, replica_id(settings.data_dir))
     fleet = Fleet(beats, feed, registry, rates.divide, address=settings.advertise, release=version("prefix-service"))
-    watchers = Watchers(database, settings.max_watchers)
+    watchers = Watchers(database, settings.max_watchers, lambda: feed.is_following)
     # Watchers last: when they wake, a revoked key is known to be.
     for listening in (cases.residency, cases.publisher, known_keys, rates, statistics, usage_counts, watchers):
         feed.listen(_on_this_loop(listening.on_changes))
