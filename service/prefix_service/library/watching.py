@@ -36,8 +36,8 @@ _View = tuple[int | None, bool, bool, int | None]
 class Watchers:
     """The watchers of one process: at most `most`. Belongs to the event loop; `on_changes` wakes them.
 
-    `is_following` returns whether the changes of others arrive here. While they do, a watcher that nothing woke does not
-    look into the catalog.
+    `is_following` returns whether the changes of others arrive here. While they do, a watcher that nothing woke sends
+    no query.
     """
 
     def __init__(self, database: Database, most: int, is_following: Callable[[], bool]) -> None:
