@@ -99,8 +99,8 @@ class Campaign(Generic[W]):
         row.goes_on = _longest(row.goes_on, self._goes_on(seen, mended))
         self._suffering.wait_until_ready()
         row.whole = max(row.whole, now() - mended)
-        self._replay()
         self._observe(row, seen, began, ended)
+        self._replay()
         row.errors += seen.errors
         row.wrong += len(self.truth.wrong) - before[0]
         row.lost += len(self.truth.lost) - before[1]
