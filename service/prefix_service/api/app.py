@@ -24,6 +24,7 @@ from prefix_service.api.middleware.in_flight import InFlightMiddleware
 from prefix_service.api.middleware.rates import RateLimits
 from prefix_service.api.middleware.request_log import RequestMiddleware
 from prefix_service.api.middleware.revisions import RevisionMiddleware
+from prefix_service.api.middleware.streams import StreamMiddleware
 from prefix_service.api.middleware.strict_paths import StrictPathMiddleware
 from prefix_service.api.middleware.usage_counts import UsageCounts
 from prefix_service.api.open_inference import extensions as inference_v2_extensions
@@ -90,6 +91,7 @@ class App(FastAPI):
         behind = RevisionMiddleware(behind, state.following, state.revisions)
         behind = InFlightMiddleware(behind, state.admission)
         behind = AuthenticationMiddleware(behind, state.authenticator)
+        behind = StreamMiddleware(behind)
         self._front = RequestMiddleware(
             behind, state.metrics, state.usage_counts, state.live, state.following.catalog_id
         )
