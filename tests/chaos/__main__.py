@@ -5,7 +5,7 @@ three replicas on PostgreSQL and S3. Root, or a user who may mount, sees every f
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Annotated
 
@@ -41,11 +41,15 @@ def main(
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # nothing that was started or mounted stays
     if fleet:
-        rows, truth = _run(fleet_campaign(), _chosen(FLEET_FAULTS, only), minutes)
-        console.print(fleet_table(rows))
+        is_well = _report(*_run(fleet_campaign(), _chosen(FLEET_FAULTS, only), minutes), fleet_table)
     else:
-        rows, truth = _run(campaign(), _chosen(FAULTS, only), minutes)
-        console.print(table(rows))
+        is_well = _report(*_run(campaign(), _chosen(FAULTS, only), minutes), table)
+    sys.exit(0 if is_well else 1)
+
+
+def _report(rows: Sequence[Row[W]], truth: Truth, table_of: Callable[[Sequence[Row[W]]], Table]) -> bool:
+    """Prints what was seen; returns whether nothing went wrong."""
+    console.print(table_of(rows))
     console.print(errors(rows))
     console.print(f"{truth.acknowledged} changes acknowledged")
     for contradiction in [*truth.wrong, *truth.lost][:20]:
@@ -53,7 +57,7 @@ def main(
     failures = [row.failure for row in rows if row.failure]
     for failure in failures:
         console.print(failure, style="red", highlight=False, soft_wrap=True)
-    sys.exit(1 if failures or truth.wrong or truth.lost else 0)
+    return not failures and not truth.wrong and not truth.lost
 
 
 def _chosen(faults: Sequence[Fault[W]], only: list[str] | None) -> list[Fault[W]]:

@@ -5,6 +5,7 @@ import contextlib
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Final
 
 PROCESSES: Final = 4
@@ -27,7 +28,8 @@ def crowd(port: int, keys: Sequence[str], count: int) -> Iterator[list[Connectio
         RuntimeError: a watcher was refused.
     """
     context = multiprocessing.get_context("spawn")
-    processes, mine = [], []
+    processes: list[BaseProcess] = []
+    mine: list[Connection] = []
     for number in range(PROCESSES):
         one, other = context.Pipe()
         arguments = (other, port, list(keys), range(number, count, PROCESSES))

@@ -115,7 +115,10 @@ class Replica:
     def empty(self) -> None:
         """Removes everything that its data folder holds."""
         for path in self.data_dir.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 class Fleet:

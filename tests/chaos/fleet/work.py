@@ -70,7 +70,12 @@ class FleetWork(Callers):
     def loops(self) -> list[Callable[[], None]]:
         """Returns what the callers do until they are stopped."""
         addresses = [each.url for each in self.fleet.replicas]
-        clients = [(self.fleet.url, False), (self.fleet.url, True), (addresses, False), (addresses, True)]
+        clients: list[tuple[str | list[str], bool]] = [
+            (self.fleet.url, False),
+            (self.fleet.url, True),
+            (addresses, False),
+            (addresses, True),
+        ]
         workers = [partial(self._read_as_worker, url, watches) for url, watches in clients]
         direct = [partial(self.fleet.client_of, each) for each in self.fleet.replicas]
         resident = [partial(self._read_resident, each) for each in [self.fleet.client, *direct]]
