@@ -175,6 +175,10 @@ class Campaign(Generic[W]):
                 break
         return list(rows.values())
 
+    def summary(self) -> str:
+        """Returns a line on what is no row of the table."""
+        return f"{self.truth.acknowledged} changes acknowledged"
+
     def finish(self) -> None:
         """Stops everything in order, starts it again, and compares it with the journal."""
         with self.work.quiet():

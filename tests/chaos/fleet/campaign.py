@@ -38,6 +38,10 @@ class FleetCampaign(Campaign[FleetWork]):
             self.work.pin(replica)
         self.work.refusals = []
 
+    def summary(self) -> str:
+        """Returns a line on what is no row of the table."""
+        return f"{super().summary()}; a revoked key was accepted for {self.work.keys.longest:.2f} s at most"
+
     def _compare(self, client: httpx.Client) -> None:
         super()._compare(client)
         self.work.compare_keys(client)
