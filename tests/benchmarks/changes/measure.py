@@ -73,10 +73,13 @@ class Measuring:
         self._reach_all()
 
     def move(self) -> httpx.Response:
-        """Moves the alias to the other version, at any of the replicas."""
-        self._version = 3 - self._version
+        """Moves the alias to the other of the first two versions, at any of the replicas."""
+        return self._move_to(1 if self._version == 2 else 2)
+
+    def _move_to(self, version: int) -> httpx.Response:
+        self._version = version
         path = f"{_ADAPTER}/aliases/prod"
-        return self._random.choice(self._admins).put(path, json={"version": self._version}).raise_for_status()
+        return self._random.choice(self._admins).put(path, json={"version": version}).raise_for_status()
 
     def _reach_all(self) -> None:
         for admin in self._admins:
@@ -130,7 +133,9 @@ class Measuring:
         return found
 
     def watched(self, changes: int) -> Watched:
-        """Moves the alias for a watching client that uses it, and counts the requests of its next read."""
+        """Moves the alias to new versions for a watching client that uses it, and counts the requests of its next
+        read.
+        """
         found, moved = Watched(), threading.Event()
         with ExitStack() as stack:
             addresses = [Forwarder(server.url) for server in self.servers]
@@ -138,13 +143,14 @@ class Measuring:
                 stack.callback(each.leave)
             urls = [each.url for each in addresses]
             with PrefixClient(urls, self._fleet.admin_key) as client:
-                watch = client.watch(lambda _: moved.set())
+                watch = client.watch(lambda change: moved.set() if change.kind == "alias-moved" else None)
                 eventually(lambda: watch.is_alive)
                 client.get(f"{_TENANT}/a@prod")
-                for _ in range(changes):
+                for seed in range(2, 2 + changes):
+                    published = upload(self._random.choice(self._admins), _TENANT, "a", file=weights(seed))
                     time.sleep(self._random.uniform(0, _PAUSE / 4))
                     moved.clear()
-                    self.move()
+                    self._move_to(published.raise_for_status().json()["version"])
                     acknowledged = time.monotonic()
                     if not moved.wait(60):
                         raise RuntimeError("a watching client was not told of a move within a minute")
