@@ -1,8 +1,8 @@
 """A stream waits outside of everything that has answered its request."""
 
 import gc
-import inspect
 from pathlib import Path
+from types import CoroutineType
 
 import httpx
 
@@ -15,7 +15,7 @@ STREAM = {"Accept": "text/event-stream"}
 
 def waiting_in(package: str) -> list[str]:
     """Returns the coroutines of a package that are suspended in this process."""
-    found = [it for it in gc.get_objects() if inspect.iscoroutine(it) and it.cr_frame is not None]
+    found = [it for it in gc.get_objects() if type(it) is CoroutineType and it.cr_frame is not None]
     return [it.__qualname__ for it in found if f"/{package}/" in it.cr_code.co_filename]
 
 
