@@ -122,6 +122,8 @@ class FleetWork(Callers):
             while not self._stop.wait(5 * _BETWEEN):
                 self._may_write.wait()
                 with self._key_changes:
+                    if not self._may_write.is_set():  # `quiet` has begun in between
+                        continue
                     send = partial(client.post, path, json={"scope": "read", "name": "chaos"})
                     if (made := self._until_acknowledged(send, 201)) is not None:
                         key = made.answer.json()
