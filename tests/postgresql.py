@@ -56,13 +56,13 @@ class PostgreSQL:
         socket = ("-k", str(self._folder), "-p", str(self._port), "-c", "listen_addresses=127.0.0.1")
         settings = (*self._tls, "fsync=off", "max_connections=200", "timezone=Asia/Tokyo", "deadlock_timeout=50ms")
         options = (*(word for setting in settings for word in ("-c", setting)), *socket)
-        with (self._folder / "log").open("ab") as log:
+        with self.log.open("ab") as log:
             command = self._command("postgres", *options)
             self._process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self._folder)
         deadline = time.monotonic() + 60
         while not self._answers():
             if self._process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"PostgreSQL did not start:\n{(self._folder / 'log').read_text()}")
+                raise RuntimeError(f"PostgreSQL did not start:\n{self.log.read_text()}")
             time.sleep(0.05)
 
     @contextlib.contextmanager
@@ -101,6 +101,11 @@ class PostgreSQL:
         """Returns the processes of the server, the first of which starts the others."""
         children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")
         return [self._process.pid, *map(int, children.read_text().split())]
+
+    @property
+    def log(self) -> Path:
+        """The file that the server writes its log to."""
+        return self._folder / "log"
 
     @property
     def port(self) -> int:

@@ -5,7 +5,7 @@ three replicas on PostgreSQL and S3. Root, or a user who may mount, sees every f
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Annotated
 
@@ -19,7 +19,6 @@ from tests.chaos.faults import FAULTS, Fault, W
 from tests.chaos.fleet.campaign import campaign as fleet_campaign
 from tests.chaos.fleet.faults import FAULTS as FLEET_FAULTS
 from tests.chaos.fleet.work import FleetWork
-from tests.chaos.truth import Truth
 from tests.chaos.work import Work
 
 console = Console()
@@ -41,19 +40,24 @@ def main(
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # nothing that was started or mounted stays
     if fleet:
-        rows, truth = _run(fleet_campaign(), _chosen(FLEET_FAULTS, only), minutes)
-        console.print(fleet_table(rows))
+        is_well = _report(*_run(fleet_campaign(), _chosen(FLEET_FAULTS, only), minutes), fleet_table)
     else:
-        rows, truth = _run(campaign(), _chosen(FAULTS, only), minutes)
-        console.print(table(rows))
+        is_well = _report(*_run(campaign(), _chosen(FAULTS, only), minutes), table)
+    sys.exit(0 if is_well else 1)
+
+
+def _report(rows: Sequence[Row[W]], ended: Campaign[W], table_of: Callable[[Sequence[Row[W]]], Table]) -> bool:
+    """Prints what was seen; returns whether nothing went wrong."""
+    truth = ended.truth
+    console.print(table_of(rows))
     console.print(errors(rows))
-    console.print(f"{truth.acknowledged} changes acknowledged")
+    console.print(ended.summary())
     for contradiction in [*truth.wrong, *truth.lost][:20]:
         console.print(contradiction, highlight=False, soft_wrap=True)
     failures = [row.failure for row in rows if row.failure]
     for failure in failures:
         console.print(failure, style="red", highlight=False, soft_wrap=True)
-    sys.exit(1 if failures or truth.wrong or truth.lost else 0)
+    return not failures and not truth.wrong and not truth.lost
 
 
 def _chosen(faults: Sequence[Fault[W]], only: list[str] | None) -> list[Fault[W]]:
@@ -65,7 +69,7 @@ def _chosen(faults: Sequence[Fault[W]], only: list[str] | None) -> list[Fault[W]
 
 def _run(
     campaigning: AbstractContextManager[Campaign[W]], faults: Sequence[Fault[W]], minutes: float
-) -> tuple[list[Row[W]], Truth]:
+) -> tuple[list[Row[W]], Campaign[W]]:
     started = time.monotonic()
 
     def tell(what: str) -> None:
@@ -75,7 +79,7 @@ def _run(
         rows = running.run(faults, minutes * 60, tell)
         tell("end in order, start again, compare")
         running.finish()
-    return rows, running.truth
+    return rows, running
 
 
 def fleet_table(rows: Sequence[Row[FleetWork]]) -> Table:

@@ -99,8 +99,8 @@ class Campaign(Generic[W]):
         row.goes_on = _longest(row.goes_on, self._goes_on(seen, mended))
         self._suffering.wait_until_ready()
         row.whole = max(row.whole, now() - mended)
-        self.replay()
         self._observe(row, seen, began, ended)
+        self.replay()
         row.errors += seen.errors
         row.wrong += len(self.truth.wrong) - before[0]
         row.lost += len(self.truth.lost) - before[1]
@@ -174,6 +174,10 @@ class Campaign(Generic[W]):
             if all(row.skipped for row in rows.values()):
                 break
         return list(rows.values())
+
+    def summary(self) -> str:
+        """Returns a line on what is no row of the table."""
+        return f"{self.truth.acknowledged} changes acknowledged"
 
     def finish(self) -> None:
         """Stops everything in order, starts it again, and compares it with the journal."""

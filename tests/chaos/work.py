@@ -105,6 +105,8 @@ class Callers:
             while not self._stop.wait(self._between):
                 self._may_write.wait()
                 with self._writing[number]:
+                    if not self._may_write.is_set():  # `quiet` has begun in between
+                        continue
                     adapter = random.choice(self.truth.owned[number])
                     what = random.random()
                     if len(adapter.versions) - len(adapter.leaving) < 2 or (

@@ -32,11 +32,15 @@ class FleetCampaign(Campaign[FleetWork]):
         refusals = [why for sent, why in self.work.refusals if began <= sent <= ended]
         row.refused += len(refusals)
         seen.errors.update(f"in memory: {why}" for why in refusals)
+        row.reads_paused = max(row.reads_paused, _longest_pause(seen.reads, began))
+        row.writes_paused = max(row.writes_paused, _longest_pause(seen.writes, began))
         for replica in self._fleet.replicas:
             self.work.pin(replica)
         self.work.refusals = []
-        row.reads_paused = max(row.reads_paused, _longest_pause(seen.reads, began))
-        row.writes_paused = max(row.writes_paused, _longest_pause(seen.writes, began))
+
+    def summary(self) -> str:
+        """Returns a line on what is no row of the table."""
+        return f"{super().summary()}; a revoked key was accepted for {self.work.keys.longest:.2f} s at most"
 
     def _compare(self, client: httpx.Client) -> None:
         super()._compare(client)

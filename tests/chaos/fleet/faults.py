@@ -99,9 +99,8 @@ def _cut_s3(work: FleetWork) -> Iterator[None]:
 
 
 @contextmanager
-def _cut_replicas(work: FleetWork) -> Iterator[None]:
-    for each in work.fleet.replicas:
-        each.relay.cut()
+def _cut_callers(work: FleetWork) -> Iterator[None]:
+    work.fleet.to_proxy.cut()
     yield
 
 
@@ -154,7 +153,7 @@ FAULTS: Final[tuple[Fault[FleetWork], ...]] = (
     Fault("no notifications", _no_notifications, serves=True),
     Fault("PostgreSQL half-open", _cut_postgresql, serves=True),
     Fault("S3 half-open", _cut_s3, serves=True),
-    Fault("replicas half-open", _cut_replicas),
+    Fault("callers half-open", _cut_callers),
     Fault("full disk", _full_disk, needs="file system", serves=True),
     Fault("clocks 5 min apart", _clocks_apart, serves=True),
     Fault("empty replica joins", _empty_replica, 5, serves=True),

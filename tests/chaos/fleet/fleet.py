@@ -4,7 +4,6 @@ cut off and started again on the same port.
 
 import contextlib
 import os
-import re
 import secrets
 import shutil
 import signal
@@ -12,7 +11,6 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from importlib.resources import files
 from pathlib import Path
 from typing import Final
 
@@ -25,6 +23,8 @@ from tests.chaos.fleet.relay import Relay, relaying
 from tests.chaos.service import own_file_system
 from tests.commands import PREFIX_SERVICE
 from tests.conftest import NO_TLS, free_port
+from tests.fleet.starting import haproxy_file, haproxy_program
+from tests.missing import not_tested
 from tests.postgresql import PostgreSQL, binaries
 from tests.processes import eventually
 from tests.seaweedfs import KEYS, SeaweedFS
@@ -38,9 +38,6 @@ _ENVIRONMENT: Final = {
     "PREFIX_RENDERING_BYTES": str(2 << 20),
     "PREFIX_BLOB_CACHE_BYTES": str(1 << 20),
 }
-
-HAPROXY: Final = shutil.which("haproxy", path="/usr/sbin:/usr/bin")
-"""HAProxy's program; None if it is not installed."""
 
 
 class Process:
@@ -92,7 +89,6 @@ class Replica:
         self.name, self.data_dir = name, folder / name / "data"
         self.clock = Clock(folder / f"{name}.clock", preloaded)
         self.port = free_port()
-        self.relay = Relay(free_port(), self.port)
         command = [*PREFIX_SERVICE, "serve", "--port", str(self.port), "--data-dir", str(self.data_dir)]
         # It ends with the campaign, even if that is killed.
         command = ["setpriv", "--pdeathsig=KILL", *command]
@@ -101,7 +97,7 @@ class Replica:
 
     @property
     def url(self) -> str:
-        """Returns its address, without a relay."""
+        """Returns its address."""
         return f"http://127.0.0.1:{self.port}"
 
     def is_ready(self) -> bool:
@@ -119,7 +115,10 @@ class Replica:
     def empty(self) -> None:
         """Removes everything that its data folder holds."""
         for path in self.data_dir.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 class Fleet:
@@ -142,10 +141,11 @@ class Fleet:
         self.why_no_clocks = None if preloaded else "there is no C compiler (cc)"
         *self.replicas, self.joining = [Replica(name, folder, settings, preloaded) for name in _NAMES]
         port = free_port()
-        self.url = f"http://127.0.0.1:{port}"
+        self.to_proxy = Relay(free_port(), port)
+        self.url = f"http://127.0.0.1:{self.to_proxy.port}"
         configuration = folder / "haproxy.cfg"
-        configuration.write_text(haproxy_configuration(port, [each.relay.port for each in self.all]))
-        command = ["setpriv", "--pdeathsig=KILL", HAPROXY or "haproxy", "-db", "-f", str(configuration)]
+        configuration.write_text(haproxy_file(port, [each.port for each in self.all]))
+        command = ["setpriv", "--pdeathsig=KILL", haproxy_program(), "-db", "-f", str(configuration)]
         self.proxy = Process(command, folder / "haproxy.log", {})
 
     @property
@@ -156,7 +156,7 @@ class Fleet:
     @property
     def relays(self) -> list[Relay]:
         """Returns all relays."""
-        return [self.to_postgresql, self.to_s3, *(each.relay for each in self.all)]
+        return [self.to_postgresql, self.to_s3, self.to_proxy]
 
     @property
     def key(self) -> str:
@@ -220,25 +220,10 @@ class Fleet:
             process.kill()
 
 
-def haproxy_configuration(port: int, servers: list[int]) -> str:
-    """Returns the file that `prefix-service deploy haproxy` prints, for a port without TLS and these servers on this
-    machine."""
-    text = files("prefix_service").joinpath("deploy", "haproxy.cfg").read_text()
-    text = re.sub(r"bind :443 .*", f"bind 127.0.0.1:{port}", text)
-    for kind, rest in (("", ""), ("unready-", " no-check backup")):
-        lines = "".join(
-            f"    server {kind}{name} 127.0.0.1:{to}{rest}\n" for name, to in zip(_NAMES, servers, strict=True)
-        )
-        text = re.sub(rf"( +server {kind}[a-z] .*\n)+", lines, text)
-    return text
-
-
 @contextlib.contextmanager
 def fleet() -> Iterator[tuple[Fleet, str | None]]:
     """Yields a fleet that is ready, and why the last replica has no file system of its own, or None."""
-    bin_ = binaries()
-    if bin_ is None or HAPROXY is None:
-        raise RuntimeError("a fleet needs PostgreSQL and HAProxy: install the packages postgresql and haproxy")
+    bin_ = binaries() or not_tested("PostgreSQL is not installed")
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos-fleet-")))
         postgresql = PostgreSQL(bin_, free_port())

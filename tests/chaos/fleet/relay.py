@@ -15,6 +15,8 @@ class Relay:
     def __init__(self, port: int, target: int) -> None:
         self.port, self._target = port, target
         self._cuts = 0
+        # Python would collect those that are cut as garbage, and close them.
+        self._connections: set[asyncio.Task[None] | None] = set()
 
     def cut(self) -> None:
         """Loses all further bytes of the connections that are open now, whose ends are not told. New ones work."""
@@ -26,11 +28,13 @@ class Relay:
 
     async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         cuts = self._cuts
+        self._connections.add(asyncio.current_task())
         with contextlib.suppress(OSError):
             answers, requests = await asyncio.open_connection("127.0.0.1", self._target)
             await asyncio.gather(self._pump(reader, requests, cuts), self._pump(answers, writer, cuts))
             requests.close()
         writer.close()
+        self._connections.discard(asyncio.current_task())
 
     async def _pump(self, source: asyncio.StreamReader, target: asyncio.StreamWriter, cuts: int) -> None:
         with contextlib.suppress(OSError):
@@ -55,3 +59,7 @@ def relaying(relays: Sequence[Relay]) -> Iterator[None]:
     finally:
         loop.call_soon_threadsafe(loop.stop)
         thread.join(30)
+        for task in asyncio.all_tasks(loop):
+            task.cancel()
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.close()

@@ -15,6 +15,7 @@ from tests.chaos.fleet.fleet import Fleet, Replica
 from tests.chaos.service import code_of, now
 from tests.chaos.truth import SHAPE, Adapter, Truth, content
 from tests.chaos.work import Acknowledged, Callers, key_values_of
+from tests.processes import eventually
 
 _BETWEEN: Final = 0.1  # seconds between two requests of one caller
 _KEYS: Final = 4
@@ -58,15 +59,23 @@ class FleetWork(Callers):
             self.pin(replica)
 
     def pin(self, replica: Replica) -> None:
-        """Pins what stays in memory, and reads it once: a replica that was started again has nothing."""
+        """Pins what stays in memory, and reads it once: a replica that was started again has nothing, and one that has
+        just lost its connections may refuse for a moment.
+        """
         with self.fleet.client_of(replica, timeout=30) as client:
-            client.put(f"{_RESIDENT}@1/residency", json={"pinned": True}).raise_for_status()
-            client.get(f"{_RESIDENT}@1/prefix?layout=stacked").raise_for_status()
+            pinning = {"pinned": True}
+            eventually(lambda: client.put(f"{_RESIDENT}@1/residency", json=pinning).status_code == 200)
+            eventually(lambda: client.get(f"{_RESIDENT}@1/prefix?layout=stacked").status_code == 200)
 
     def loops(self) -> list[Callable[[], None]]:
         """Returns what the callers do until they are stopped."""
         addresses = [each.url for each in self.fleet.replicas]
-        clients = [(self.fleet.url, False), (self.fleet.url, True), (addresses, False), (addresses, True)]
+        clients: list[tuple[str | list[str], bool]] = [
+            (self.fleet.url, False),
+            (self.fleet.url, True),
+            (addresses, False),
+            (addresses, True),
+        ]
         workers = [partial(self._read_as_worker, url, watches) for url, watches in clients]
         direct = [partial(self.fleet.client_of, each) for each in self.fleet.replicas]
         resident = [partial(self._read_resident, each) for each in [self.fleet.client, *direct]]
@@ -113,6 +122,8 @@ class FleetWork(Callers):
             while not self._stop.wait(5 * _BETWEEN):
                 self._may_write.wait()
                 with self._key_changes:
+                    if not self._may_write.is_set():  # `quiet` has begun in between
+                        continue
                     send = partial(client.post, path, json={"scope": "read", "name": "chaos"})
                     if (made := self._until_acknowledged(send, 201)) is not None:
                         key = made.answer.json()
