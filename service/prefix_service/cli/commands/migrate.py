@@ -41,7 +41,7 @@ def migrate(
     from prefix_service.data_folder.moving import move
 
     source = load_settings({"data_dir": data_dir})
-    target = _target(source, {"catalog_url": to_catalog, "blobs_url": to_blobs}, to_data_dir)
+    target = target_of(source, to_catalog, to_blobs, to_data_dir)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), console=errors_console, transient=True) as progress:
         task = progress.add_task("looking", total=None)
@@ -67,8 +67,8 @@ def migrate(
         raise typer.Exit(1)
 
 
-def _target(source: "Settings", urls: dict[str, str | None], folder: Path | None) -> "Settings":
-    """Returns the settings of a service on the target.
+def target_of(source: "Settings", catalog: str | None, blobs: str | None, folder: Path | None) -> "Settings":
+    """Returns the settings of a service on the target: two URLs, or a data folder for what has none.
 
     Raises:
         InvalidInput: a URL is malformed, or it is not said where the catalog or the blobs go.
@@ -77,6 +77,7 @@ def _target(source: "Settings", urls: dict[str, str | None], folder: Path | None
 
     from prefix_service.settings import Settings
 
+    urls = {"catalog_url": catalog, "blobs_url": blobs}
     missing = [_OPTIONS[name] for name, url in urls.items() if url is None]
     if missing and folder is None:
         raise InvalidInput(f"say where to copy to: {' and '.join(missing)}, or --to-data-dir for a data folder")
