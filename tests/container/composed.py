@@ -39,7 +39,7 @@ echo up
 exec sleep infinity
 """
 # It waits for its end of the cable.
-_CONTAINER: Final = 'ip link set lo up && echo up && read -r _ && exec "$@" < /dev/null > "$LOG" 2>&1'
+_CONTAINER: Final = 'cd "$HOME" && ip link set lo up && echo up && read -r _ && exec "$@" < /dev/null > "$LOG" 2>&1'
 
 
 def compose_file() -> dict[str, Any]:
@@ -112,8 +112,10 @@ class Composed:
             path = self.folder / it["file"]
             path.parent.mkdir(exist_ok=True)
             path.write_text(self.secrets[name] + "\n")
-        for name, it in self.document["configs"].items():
-            (self.folder / f"config-{name}").write_text(it["content"])
+        for service, it in self.services.items():
+            for config in it.get("configs", []):
+                content = self.document["configs"][config["source"]]["content"]
+                (self.folder / f"config-{config['source']}").write_text(self._here(service, content))
         bin_ = self.folder / "bin"
         bin_.mkdir()
         for name, program in (("prefix-service", '-m prefix_service.cli "$@"'), ("python3", '"$@"')):

@@ -133,6 +133,8 @@ def test_the_unit_of_systemd(tmp_path: Path) -> None:
     assert service["ExecStart"] == "/opt/prefix-service/bin/prefix-service serve"
     assert service["Environment"] == f"PREFIX_DATA_DIR=/var/lib/{service['StateDirectory']}"
     assert int(service["TimeoutStopSec"]) > 30
+    budgets = (Settings.model_fields[f"{name}_bytes"].default for name in ("device", "rendering", "work"))
+    assert sum(budgets) + (1 << 30) < parse_bytes(service["MemoryMax"] + "iB")
     if shutil.which("systemd-analyze") is None:
         not_tested("systemd-analyze is missing: install systemd")
     file = tmp_path / "prefix-service.service"

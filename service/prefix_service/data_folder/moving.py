@@ -77,8 +77,8 @@ def move(source: Settings, target: Settings, progress: Progress) -> Moved:
     _require_source(source)
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="prefix-migrate-")))
-        if target.catalog_url is None or target.blobs_url is None:
-            if target.data_dir.resolve() == source.data_dir.resolve():
+        if _uses_folder(target):
+            if _uses_folder(source) and target.data_dir.resolve() == source.data_dir.resolve():
                 raise InvalidInput(f"{target.data_dir} is the data folder that is moved: name another")
             stack.enter_context(folder_locked(target))
         if target.catalog_url is None:
@@ -137,6 +137,10 @@ def _alone(settings: Settings, *, read_only: bool = False) -> Iterator[Database]
                 "wait until the other has ended, or name another target"
             )
         yield database
+
+
+def _uses_folder(settings: Settings) -> bool:
+    return settings.catalog_url is None or settings.blobs_url is None
 
 
 def _share_blobs(source: Settings, target: Settings) -> bool:
