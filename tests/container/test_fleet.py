@@ -18,6 +18,7 @@ from prefix_service.system.sizes import parse_bytes
 from tests.container.composed import ROOT, Composed, compose_file, of_the_image
 from tests.missing import not_tested
 from tests.pages.markdown import PACKAGE
+from tests.processes import eventually
 
 SCRIPTS = Path(sys.executable).parent
 SCHEMA = ROOT / "tests" / "data" / "compose-spec.json"
@@ -123,15 +124,15 @@ def test_the_fleet_serves(fleet: Composed) -> None:
 
 
 def test_prometheus_sees_every_replica(fleet: Composed) -> None:
-    """It reads the numbers of all three, and the rules of the alerts."""
+    """It knows where the numbers of all three are, and the rules of the alerts."""
 
     def get(path: str) -> Any:
         return json.loads(fleet.run("curl", "-sSf", f"http://prometheus:9090/api/v1/{path}"))["data"]
 
-    targets = get("targets")["activeTargets"]
-    assert sorted(target["labels"]["instance"] for target in targets) == [
-        f"replica-{number}:9090" for number in (1, 2, 3)
-    ]
+    def found() -> list[str]:
+        return sorted(target["labels"]["instance"] for target in get("targets")["activeTargets"])
+
+    eventually(lambda: found() == [f"replica-{number}:9090" for number in (1, 2, 3)])
     for name in ("replica-1", "replica-2", "replica-3"):
         assert "prefix_service_requests_total" in fleet.run("curl", "-sSf", f"http://{name}:9090/metrics")
     assert get("rules")["groups"][0]["rules"]

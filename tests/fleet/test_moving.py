@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from prefix_service.blobs.names import path_of
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.records import COMMAND_LINE
 from prefix_service.catalog.tenants import Tenants
@@ -23,24 +24,37 @@ from tests.seaweedfs import SeaweedFS
 PASSWORD = "hunter2"  # noqa: S105 - it must not be found
 
 
-def test_a_folder_in_use_moves_and_comes_back(postgresql: PostgreSQL, seaweedfs: SeaweedFS, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def moved(
+    postgresql: PostgreSQL, seaweedfs: SeaweedFS, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[moving.Ground, int, list[str]]]:
+    """Yields where a folder in use moved from and to, the number of differences, and what was said of it."""
+    ground = moving.Ground(tmp_path_factory.mktemp("moved"), postgresql, seaweedfs, "short")
+    said: list[str] = []
+    yield ground, moving.campaign(ground, 60, said.append), said
+    postgresql.drop(ground.database)
+
+
+def test_a_folder_in_use_moves_and_comes_back(moved: tuple[moving.Ground, int, list[str]]) -> None:
     """Under traffic, killed among the blobs and among the rows, again, at last read-only, and back to a folder: no row,
     no blob and no answer differs. `python -m tests.fleet.moving` is the long form."""
-    ground = moving.Ground(tmp_path, postgresql, seaweedfs, "short")
-    said: list[str] = []
-    differences = moving.campaign(ground, 200, said.append)
+    _, differences, said = moved
     assert differences == 0, said
+
+
+def test_a_target_in_use(moved: tuple[moving.Ground, int, list[str]]) -> None:
+    """A fleet that has changes of its own is left alone, and so is a folder that is served, with the keys it had."""
+    ground, *_ = moved
     with closing(Database(ground.catalog_url)) as database:
         Tenants(database).put("of-the-fleet", COMMAND_LINE)
-    again = migrate(*ground.options, environment=seaweedfs.environment)
+    again = migrate(*ground.options, environment=ground.seaweedfs.environment)
     assert (again.returncode, "a service has run on it" in again.stderr) == (1, True), again.stderr
-    back = tmp_path / "back"
+    back = ground.folder / "back"
     with running_server(back) as server:  # with the keys that it had
         first = (ground.data_dir / "bootstrap.key").read_text().strip()
         assert server.client(first).get("/v1/whoami").json()["scope"] == "admin"
         busy = migrate("--to-data-dir", back, environment=ground.fleet)
         assert (busy.returncode, "stop it first" in busy.stderr) == (1, True)
-    postgresql.drop(ground.database)
 
 
 def migrate(*options: str | Path, environment: dict[str, str] | None = None) -> Finished:
@@ -110,17 +124,18 @@ def test_a_folder_that_is_not_complete(data_dir: Path, tmp_path: Path) -> None:
         pass
 
 
-def test_lost_blobs_are_named(tmp_path: Path) -> None:
+def test_lost_blobs_are_named(moved: tuple[moving.Ground, int, list[str]], tmp_path: Path) -> None:
     """The rest is copied; what is lost or damaged is named, and the exit status is 1."""
-    moving.fill_folder(tmp_path / "data", 2)
-    damaged, lost, *_ = sorted((blob_folder(tmp_path / "data")).glob("[0-9a-f][0-9a-f]/*"))
+    back = moved[0].folder / "back"
+    named = moving.named(catalog_file(back))
+    damaged, lost, *_ = (blob_folder(back) / path_of(digest) for digest in sorted(named))
     damaged.write_bytes(b"damaged")
     lost.unlink()
-    done = migrate("--data-dir", tmp_path / "data", "--to-data-dir", tmp_path / "copy", "--json")
+    done = migrate("--data-dir", back, "--to-data-dir", tmp_path / "copy", "--json")
     assert done.returncode == 1
     told = json.loads(done.stdout)
     assert told["lost"] == sorted(f"sha256:{path.name}" for path in (damaged, lost))
-    assert told["blobs"] == 4
+    assert told["blobs"] == len(named) - 2
     assert damaged.exists(), "the source is not changed"
 
 

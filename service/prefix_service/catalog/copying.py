@@ -192,10 +192,9 @@ def _found(connection: sa.Connection, table: sa.Table, wanted: Sequence[tuple[An
 
 
 def _among(table: sa.Table, wanted: Sequence[tuple[Any, ...]]) -> sa.ColumnElement[bool]:
-    if len(table.primary_key) == 1:  # which SQLite finds by its index, unlike one value in a tuple
-        (column,) = table.primary_key
-        return column.in_([key for (key,) in wanted])
-    return sa.tuple_(*table.primary_key).in_(wanted)
+    first, *others = table.primary_key
+    by_first = first.in_({key[0] for key in wanted})  # SQLite has no use for its index in a comparison of tuples
+    return sa.and_(by_first, sa.tuple_(*table.primary_key).in_(wanted)) if others else by_first
 
 
 def _values(rows: Iterable[sa.Row[Any]]) -> list[Values]:
