@@ -20,7 +20,7 @@ class Deployed(StrEnum):
     NGINX = "nginx"
     HAPROXY = "haproxy"
     KUBERNETES = "kubernetes"
-    KUBERNETES_FLEET = "kubernetes-fleet"
+    KUBERNETES_FLEET = "k8s-fleet"
     PROMETHEUS = "prometheus"
     ALERTS = "alerts"
     GRAFANA = "grafana"

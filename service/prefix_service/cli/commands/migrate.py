@@ -31,7 +31,7 @@ def migrate(
     data_dir: DataDir = None,
     as_json: Json = False,
 ) -> None:
-    """Copy a service to a fleet's database and bucket, or back to a folder.
+    """Copy a service to PostgreSQL and a bucket, or back to a folder.
 
     What is copied is the service of the settings (PREFIX_DATA_DIR, PREFIX_CATALOG_URL, PREFIX_BLOBS_URL). It may run,
     and is not changed. Run it again to copy what changed since. Exit status 1 if a blob was lost or damaged.
