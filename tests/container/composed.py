@@ -171,7 +171,7 @@ class Composed:
         self.run("ip", "link", "set", cable, "master", "bridge", "up")
         self._inside(service, "sh", "-c", inside)
         if "127.0.0.11" in str(self.services[service]):
-            names = [sys.executable, "-m", "tests.container.names", _DNS, self.folder / "hosts"]
+            names = [sys.executable, "-m", "tests.container.names", _DNS, str(self.folder / "hosts")]
             command = [*self._switch, f"--net=/proc/{process.pid}/ns/net", "setpriv", "--pdeathsig=KILL", *names]
             self.processes["dns"] = subprocess.Popen(command, env=self._environment(), cwd=ROOT)
 

@@ -108,10 +108,9 @@ def copy_rows(source: sa.Connection, target: sa.Connection, progress: Callable[[
 
 def finish(source: sa.Connection, target: sa.Connection, claim: Claim | None) -> None:
     """Gives the target the id and the revision of the source, and notes whose it is: nobody's in a data folder."""
-    owner = {"key_secret": None, "blob_store": None}
+    noted: Values = {"id": catalog_id(source), "revision": revision_of(source), "key_secret": None, "blob_store": None}
     if claim is not None:
-        owner = {"key_secret": claim.key_secret, "blob_store": claim.blob_store}
-    noted = {"id": catalog_id(source), "revision": revision_of(source), **owner}
+        noted |= {"key_secret": claim.key_secret, "blob_store": claim.blob_store}
     target.execute(sa.update(catalog).values(noted))
 
 
