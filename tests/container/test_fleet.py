@@ -36,7 +36,7 @@ def test_compose_accepts_the_profile() -> None:
     podman_compose = SCRIPTS / "podman-compose"
     if shutil.which("podman") is None or not podman_compose.exists():
         not_tested("podman, or podman-compose from the extra `test`, is not installed")
-    command = [podman_compose, "--file", ROOT / "docker-compose.yml", "--profile", "fleet", "config"]
+    command: list[str | Path] = [podman_compose, "--file", ROOT / "docker-compose.yml", "--profile", "fleet", "config"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True)
     services = yaml.safe_load(shown.stdout)["services"]
     assert services.keys() == compose_file()["services"].keys()
