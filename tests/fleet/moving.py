@@ -28,7 +28,7 @@ import typer
 
 from prefix_service.blobs.names import path_of
 from prefix_service.catalog.database import Database
-from prefix_service.catalog.schema import catalog, metadata, replicas, versions
+from prefix_service.catalog.schema import adapters, catalog, metadata, replicas, tenants, versions
 from prefix_service.cli.commands.migrate import target_of
 from prefix_service.data_folder.moving import move
 from prefix_service.data_folder.opening import blob_folder, catalog_file
@@ -87,10 +87,10 @@ class Ground:
         return ["--data-dir", self.data_dir, "--to-catalog", self.catalog_url, "--to-blobs", self.blobs_url]
 
 
-def campaign(ground: Ground, adapters: int, say: Say) -> int:
+def campaign(ground: Ground, count: int, say: Say) -> int:
     """Moves a folder with so many adapters; returns the number of differences."""
-    fill_folder(ground.data_dir, adapters)
-    say(f"filled {adapters} adapters")
+    fill_folder(ground.data_dir, count)
+    say(f"filled {count} adapters")
     with running_server(ground.data_dir, environment={"PREFIX_LOG_LEVEL": "warning"}) as server:
         with traffic(server) as changes:
             for what in ("blobs", "rows"):
@@ -121,11 +121,11 @@ def campaign(ground: Ground, adapters: int, say: Say) -> int:
     return sum(found.values())
 
 
-def fill_folder(data_dir: Path, adapters: int) -> None:
+def fill_folder(data_dir: Path, count: int) -> None:
     """Makes a data folder with so many adapters."""
     with running_server(data_dir) as server:
         upload(server.client(), BIG, "first").raise_for_status()
-    fill(data_dir, adapters)
+    fill(data_dir, count)
 
 
 @contextmanager
@@ -248,11 +248,13 @@ def _rows(place: Path | str) -> dict[str, set[str]]:
 
 
 def named(place: Path | str) -> set[str]:
-    """Returns the digests of all blobs that a catalog names."""
+    """Returns the digests of all blobs that a catalog names. Versions of a deleted adapter name none: their rows are
+    removed a moment later.
+    """
+    query = sa.select(versions.c.weights, versions.c.key_values).join(adapters).join(tenants)
+    query = query.where(sa.not_(adapters.c.deleted), sa.not_(tenants.c.deleted))
     with closing(Database(place, read_only=True)) as database, database.reading() as connection:
-        return {
-            digest for row in connection.execute(sa.select(versions.c.weights, versions.c.key_values)) for digest in row
-        }
+        return {digest for row in connection.execute(query) for digest in row}
 
 
 def different_blobs(ground: Ground) -> int:
@@ -277,7 +279,9 @@ def damaged_files(data_dir: Path) -> int:
 
 
 def main(
-    adapters: Annotated[int, typer.Option(min=1, help="Adapters in the folder, beside those of the traffic.")] = 10_000,
+    count: Annotated[
+        int, typer.Option("--adapters", min=1, help="Adapters in the folder, beside those of the traffic.")
+    ] = 10_000,
     killed_among: Annotated[str | None, typer.Option(hidden=True)] = None,
     data_dir: Annotated[Path | None, typer.Option(hidden=True)] = None,
     to_catalog: Annotated[str, typer.Option(hidden=True)] = "",
@@ -302,7 +306,7 @@ def main(
         servers = PostgreSQL(bin_, free_port()), SeaweedFS(free_port)
         for server in servers:
             stack.callback(server.remove)
-        differences = campaign(Ground(Path(folder), *servers), adapters, say)
+        differences = campaign(Ground(Path(folder), *servers), count, say)
     sys.exit(1 if differences else 0)
 
 
