@@ -241,9 +241,10 @@ def _rows(place: Path | str) -> dict[str, set[str]]:
     with closing(Database(place, read_only=True)) as database, database.reading() as connection:
         found = {}
         for table in metadata.sorted_tables:
-            wanted = [table.c.id, table.c.revision] if table is catalog else list(table.c)
-            rows = [] if table is replicas else connection.execute(sa.select(*wanted)).mappings()
-            found[table.name] = {repr([plain(name, value) for name, value in row.items()]) for row in rows}
+            if table is not replicas:
+                wanted = [table.c.id, table.c.revision] if table is catalog else list(table.c)
+                rows = connection.execute(sa.select(*wanted)).mappings()
+                found[table.name] = {repr([plain(name, value) for name, value in row.items()]) for row in rows}
         return found
 
 
