@@ -19,6 +19,7 @@ from prefix_service.catalog.access import (
     can_try_again,
     engine_of,
     explained,
+    lift_deadlines,
     translated,
 )
 from prefix_service.catalog.changes import Change, Stored, store
@@ -193,10 +194,8 @@ class Database:
         from alembic.config import Config
 
         with self.writing() as connection:
+            lift_deadlines(connection)
             if connection.dialect.name == "postgresql":
-                from prefix_service.catalog.postgres import unbounded
-
-                unbounded(connection)
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
             found = _revision(connection)  # another process may have migrated it meanwhile
             if not _is_newer_and_usable(connection, found, known):

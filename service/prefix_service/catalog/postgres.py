@@ -69,6 +69,7 @@ def unbounded(connection: sa.Connection) -> None:
         driver.deadline = None
     connection.exec_driver_sql("SET LOCAL lock_timeout = 0")
     connection.exec_driver_sql("SET LOCAL statement_timeout = 0")
+    connection.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")
 
 
 def received(connection: sa.Connection, seconds: float) -> bool:

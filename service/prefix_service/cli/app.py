@@ -18,6 +18,7 @@ from prefix_service.cli.commands import (
     doctor,
     fetching,
     key,
+    migrate,
     publishing,
     residency,
     serve,
@@ -51,6 +52,7 @@ _NEEDS: Final = {**dict.fromkeys(OF_SERVER, _NEEDS_SERVER), "transformers": _NEE
 """Modules of extras, and what to install if one is missing."""
 
 serve.register(app)
+migrate.register(app)
 publishing.register(app)
 compiling.register(app)
 fetching.register(app)

@@ -20,6 +20,7 @@ class Deployed(StrEnum):
     NGINX = "nginx"
     HAPROXY = "haproxy"
     KUBERNETES = "kubernetes"
+    KUBERNETES_FLEET = "k8s-fleet"
     PROMETHEUS = "prometheus"
     ALERTS = "alerts"
     GRAFANA = "grafana"
@@ -30,6 +31,7 @@ _FILES: Final = {
     Deployed.NGINX: "nginx.conf",
     Deployed.HAPROXY: "haproxy.cfg",
     Deployed.KUBERNETES: "kubernetes.yaml",
+    Deployed.KUBERNETES_FLEET: "kubernetes-fleet.yaml",
     Deployed.PROMETHEUS: "prometheus.yml",
     Deployed.ALERTS: "alerts.yml",
     Deployed.GRAFANA: "grafana.json",
