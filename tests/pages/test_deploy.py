@@ -87,7 +87,7 @@ def nginx(tmp_path: Path, server: Server) -> Iterator[tuple[str, list[Forwarder]
 
 @pytest.mark.parametrize("proxy", ["haproxy", "nginx"])
 def test_all_of_an_adapter_goes_to_one_replica(proxy: str, server: Server, request: pytest.FixtureRequest) -> None:
-    """Its versions, forms, spellings and protocols; the next replica takes over where one has gone, and changes pass."""
+    """Its versions, forms, spellings and protocols; the next replica takes over where one has gone; changes pass."""
     url, replicas = request.getfixturevalue(proxy)
     names = [f"acme/{proxy}-{number}" for number in range(6)]
     with PrefixClient(server.url, server.admin_key) as direct:
