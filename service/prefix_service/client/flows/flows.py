@@ -117,9 +117,11 @@ def _cached(
 
 def _with_base_model(reading: Reading, cached: Cached) -> Flow[Cached]:
     """Returns a cached prefix with the fingerprint of its base model, which is asked for if the service has one."""
-    if reading.base_model_check == "off" or not cached.has_base_model:
+    if reading.base_model_check == "off":
         return cached
-    found = yield from base_models.recent(reading.fingerprints, cached.prefix.reference)
+    found: Fingerprint | PrefixServiceError = NO_FINGERPRINT
+    if cached.has_base_model:
+        found = yield from base_models.recent(reading.fingerprints, cached.prefix.reference)
     if isinstance(found, PrefixServiceError):
         log.info("the base model of %s cannot be compared: %s", cached.prefix.name, found)
         return cached
