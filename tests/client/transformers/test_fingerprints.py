@@ -1,6 +1,8 @@
 """The fingerprint of a model is the same in memory and in its folder, wherever that is, and another model's is not."""
 
 import copy
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,9 @@ import pytest
 import torch
 import transformers
 
-from prefix_service.checkpoints.base_models import read_fingerprint
+from prefix_service.checkpoints.base_models import read_fingerprint, tokenizer_hash
 from prefix_service.client.transformers import fingerprint_of
+from prefix_service.errors import InvalidCheckpoint, InvalidConfig
 from tests.architectures import DECODERS, ENCODER_DECODERS, SLOT_COUNTING, Architecture, base
 from tests.client.transformers.test_texts import tokenizer
 
@@ -99,3 +102,37 @@ def test_what_cannot_be_told_is_left_out(model: Any, folder: Path) -> None:
     other.model.layers[0].mlp.up_proj.weight.data += 0.1
     assert [name for name, *_ in half.differences(fingerprint_of(other))] == ["weights_index"]
     assert half.tokenizer is None
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "error", "message"),
+    [
+        ("config.json", "{", InvalidConfig, "config.json"),
+        ("model.safetensors", "broken", InvalidCheckpoint, "the weights in .* cannot be read"),
+        ("model.safetensors.index.json", "{}", InvalidCheckpoint, "index.json names no files"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": "b"}}', InvalidCheckpoint, "No such file"),
+        ("tokenizer.json", "[]", InvalidCheckpoint, "tokenizer.json holds no tokenizer"),
+        ("tokenizer.json", '{"model": {"vocab": [3]}}', InvalidCheckpoint, "tokenizer.json holds no tokenizer"),
+    ],
+)
+def test_a_damaged_folder_is_named(
+    folder: Path, tmp_path: Path, name: str, content: str, error: type[Exception], message: str
+) -> None:
+    """What cannot be read is an error where a folder was named, and unknown where a model was loaded from it."""
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(error, match=message):
+        read_fingerprint(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    loaded.name_or_path = str(tmp_path)
+    found = fingerprint_of(loaded)
+    assert (found.tokenizer is None) == (name == "tokenizer.json")
+    assert found.weights_index is not None
+
+
+def test_pieces_in_a_list_have_ids_too(tmp_path: Path) -> None:
+    """A unigram tokenizer's vocabulary is a list of pieces with scores, whose places are the ids."""
+    for name, vocabulary in (("dict", {"a": 0, "b": 1}), ("list", [["a", -1.0], ["b", -2.0]])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}}))
+    assert tokenizer_hash(tmp_path / "dict") == tokenizer_hash(tmp_path / "list")
