@@ -97,7 +97,7 @@ def test_room_is_checked_before_the_model_is_loaded(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("the model must not be loaded")
 
-    monkeypatch.setattr("prefix_service.cli.commands.compiling._model", never)
+    monkeypatch.setattr("prefix_service.cli.commands.compiling.load_model", never)
     typed = ("compile", "--model", model, "--tokens", tmp_path / "ids", tmp_path / "out", "--for")
     refused = run(*typed, "compiled-small")
     assert refused.returncode == 1
