@@ -165,6 +165,8 @@ class Prefix:
         return generate(model, pairs, *args, **options)
 
     def _check_base_model(self, model: Any) -> None:
+        if self.base_model_check == "off":
+            return
         from prefix_service.client.transformers.fingerprints import check_base_model
 
         check_base_model(self.name, self.base_model, model, self.base_model_check)
