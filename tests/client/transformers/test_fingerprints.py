@@ -20,6 +20,10 @@ from tests.client.transformers.test_texts import tokenizer
 _ONE_OF_EACH = {each.model: each for each in (*DECODERS, *SLOT_COUNTING, *ENCODER_DECODERS)}.values()
 
 
+class Share(torch.nn.Parameter):
+    """A weight of a library that has tensors of its own."""
+
+
 @pytest.fixture(scope="module")
 def model() -> Any:
     """Returns a small Llama."""
@@ -88,12 +92,16 @@ def test_more_tokens_are_another_tokenizer_for_the_same_weights(model: Any, fold
 
 
 def test_what_cannot_be_told_is_left_out(model: Any, folder: Path) -> None:
-    """Offloaded and quantised weights have no hash, and float16 is compared with float16 alone."""
+    """Offloaded, quantised and sharded weights have no hash, and float16 is compared with float16 alone."""
     assert fingerprint_of(copy.deepcopy(model).to("meta")).weights_index is None
     quantised = copy.deepcopy(model)
     integers = torch.ones(48, 32, dtype=torch.int8)
     quantised.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(integers, requires_grad=False)
     assert fingerprint_of(quantised).weights_index is None
+    for share in (torch.nn.Parameter(torch.empty(0)), Share(torch.ones(48, 32))):
+        sharded = copy.deepcopy(model)
+        sharded.model.layers[0].mlp.up_proj.weight = share
+        assert fingerprint_of(sharded).weights_index is None
     half = fingerprint_of(copy.deepcopy(model).half())
     assert half.weights_index is not None
     assert half.weights_index.startswith("sampled-float16-sha256:")

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from prefix_service.checkpoints.base_models import tokenizer_hash
@@ -21,8 +22,8 @@ def fingerprint_of(model: PreTrainedConfig | PreTrainedModel) -> Fingerprint:
     """Returns the fingerprint of a model of transformers, or what its config alone says.
 
     The model may be spread over devices, wrapped by `torch.compile` or PEFT's LoRA (which does not count), and in any
-    dtype; weights in float16 are comparable with float16 alone. Quantised or offloaded weights have no hash, and a
-    model whose folder is gone no tokenizer. It is computed once for each model, so later changes of its weights are not
+    dtype; weights in float16 are comparable with float16 alone. Quantised, offloaded or sharded weights have no hash,
+    and a model whose folder is gone no tokenizer. It is computed once for each model, so later changes of its weights are not
     noticed.
 
     Raises:
@@ -60,9 +61,15 @@ def _read(model: Any) -> Fingerprint:
 def _weights_of(model: Any) -> str | None:
     weights = dict(model.named_parameters())
     sampled = {common: weights[name] for common, name in layer_weights(weights).items()}
-    if any(weight.is_meta for weight in sampled.values()):  # offloaded
+    if not all(map(_is_whole, sampled.values())):
         return None
     return weights_hash({common: start_of(weight) for common, weight in sampled.items()})
+
+
+def _is_whole(weight: Tensor) -> bool:
+    """Returns whether all of a weight is here, as plain numbers: neither offloaded, nor a share of it, nor quantised by
+    a library with tensors of its own."""
+    return type(weight) is nn.Parameter and not weight.is_meta and weight.numel() > 0
 
 
 def _tokenizer_of(model: Any) -> str | None:
