@@ -21,10 +21,10 @@ _remembered: "WeakKeyDictionary[PreTrainedModel, Fingerprint]" = WeakKeyDictiona
 def fingerprint_of(model: PreTrainedConfig | PreTrainedModel) -> Fingerprint:
     """Returns the fingerprint of a model of transformers, or what its config alone says.
 
-    The model may be spread over devices, wrapped by `torch.compile` or PEFT's LoRA (which does not count), and in any
-    dtype; weights in float16 are comparable with float16 alone. Quantised, offloaded or sharded weights have no hash,
-    and a model whose folder is gone no tokenizer. It is computed once for each model, so later changes of its weights are not
-    noticed.
+    The model may be spread over devices, wrapped by `torch.compile` or PEFT's LoRA (which does not count), and in
+    any dtype; weights in float16 are comparable with float16 alone. Quantised, offloaded or sharded weights have no
+    hash, and a model whose folder is gone no tokenizer. It is computed once for each model, so later changes of its
+    weights are not noticed.
 
     Raises:
         InvalidRequest: an adapter acts in PEFT's wrapper.
