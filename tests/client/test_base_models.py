@@ -113,10 +113,10 @@ def test_a_prefix_comes_without_a_fingerprint_that_cannot_be_read(
     with PrefixClient(server.url, server.admin_key) as client:
         name = _published(client)
     with PrefixClient(server.url, server.admin_key) as client:
-        refused = monkeypatch.context()
-        with refused as patch:
+        with monkeypatch.context() as patch:
             patch.setattr("prefix_service.client.flows.base_models._path", lambda _: "/v1/usage?by=nothing")
             assert client.get(name).base_model == Fingerprint()
+        assert client.get(name).base_model == read_fingerprint(_BASE)  # the next call asks again
 
 
 def test_a_version_stands_if_its_fingerprint_is_refused(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,4 +143,6 @@ def test_pieces_in_a_list_have_ids_too(tmp_path: Path) -> None:
     for name, vocabulary in (("dict", {"a": 0, "b": 1}), ("list", [["a", -1.0], ["b", -2.0]])):
         (tmp_path / name).mkdir()
         (tmp_path / name / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}}))
-    assert tokenizer_hash(tmp_path / "dict") == tokenizer_hash(tmp_path / "list")
+    found = tokenizer_hash(tmp_path / "dict")
+    assert found is not None
+    assert found == tokenizer_hash(tmp_path / "list")
