@@ -28,7 +28,9 @@ def _lengths(*prefill: float) -> list[Length]:
         ((2.0, 0.5, 1.5), 48, 32),
     ],
 )
-def test_the_break_even_lies_between_two_lengths(prefill: tuple[float, ...], fetch: int | None, cached: int) -> None:
+def test_the_break_even_lies_between_two_lengths(
+    prefill: tuple[float, ...], fetch: int | None, cached: int | None
+) -> None:
     """It is on the line between the last length at which prefill wins and the next one."""
     lengths = _lengths(*prefill)
     assert break_even(lengths, lambda length: length.fetch_seconds) == fetch

@@ -5,9 +5,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final
 
-import huggingface_hub
 import pytest
 import transformers
+from huggingface_hub import constants
 
 from prefix_service.checkpoints.base_models import read_fingerprint
 from prefix_service.client.vllm.base_model import BaseModel
@@ -51,7 +51,7 @@ def test_a_downloaded_model_is_read_from_the_cache(
     (kept / "refs").mkdir(parents=True)
     (kept / "refs" / "main").write_text("here")
     shutil.copytree(folder, kept / "snapshots" / "here")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     assert _vllm("acme/base").fingerprint.weights_index == read_fingerprint(folder).weights_index
 
 
