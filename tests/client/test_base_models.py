@@ -37,7 +37,7 @@ def _published(client: Any, **changed: Any) -> str:
 
 def test_its_own_base_model_is_silent(connect: Callable[..., Any], server: Server, model: Any) -> None:
     """The model that the fingerprint was made of is no other one, whatever the client does with others."""
-    client = connect(server.url, server.admin_key, base_model_check="refuse")
+    client = connect(server.url, base_model_check="refuse")
     prefix = client.get(_published(client))
     assert prefix.base_model == read_fingerprint(_BASE)
     assert prefix.base_model.weights_index is not None
@@ -50,7 +50,7 @@ def test_its_own_base_model_is_silent(connect: Callable[..., Any], server: Serve
 
 def test_another_one_is_a_warning(connect: Callable[..., Any], server: Server, model: Any) -> None:
     """By default the caller is warned, with the field that differs and both values, and served."""
-    client = connect(server.url, server.admin_key)
+    client = connect(server.url)
     name = _published(client, weights_index=_OTHER)
     here = read_fingerprint(_BASE).weights_index
     words = f"{name}@1 was made for another base model: weights_index is '{here}' here, and was '{_OTHER}'. Use it with"
@@ -68,7 +68,7 @@ def test_another_one_is_a_warning(connect: Callable[..., Any], server: Server, m
 
 def test_another_one_can_be_refused_or_served(connect: Callable[..., Any], server: Server, model: Any) -> None:
     """`refuse` raises before anything is computed; `off` neither asks nor compares."""
-    strict = connect(server.url, server.admin_key, base_model_check="refuse")
+    strict = connect(server.url, base_model_check="refuse")
     name = _published(strict, rope={"rope_theta": 5e5}, norms={"rms_norm_eps": 1.0})
     words = r"rope\.rope_theta is 10000\.0 here, and was 500000\.0; norms\.rms_norm_eps is "
     with pytest.raises(BaseModelMismatch, match=words):
@@ -78,12 +78,12 @@ def test_another_one_can_be_refused_or_served(connect: Callable[..., Any], serve
     mixed = strict.get_many([name, name])
     with pytest.raises(BaseModelMismatch, match=words):
         mixed.generate(model, _IDS.expand(2, 2))
-    through = connect(server.url, server.admin_key, base_model_check="off")
+    through = connect(server.url, base_model_check="off")
     prefix = through.get(name)
     assert prefix.base_model == Fingerprint()
     prefix.to_cache(model)
     with pytest.raises(InvalidRequest, match="base_model_check must be one of off, warn, refuse, got 'sometimes'"):
-        connect(server.url, server.admin_key, base_model_check="sometimes")
+        connect(server.url, base_model_check="sometimes")
 
 
 def test_only_a_fingerprint_that_exists_costs_a_request(server: Server) -> None:

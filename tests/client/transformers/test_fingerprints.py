@@ -54,6 +54,9 @@ def test_a_folder_has_the_fingerprint_of_its_model(architecture: Architecture, t
     assert "hidden_size" in known.sizes
 
 
+@pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)  # a property that PEFT reads
 def test_it_does_not_depend_on_the_path_or_the_shards(model: Any, folder: Path, tmp_path: Path) -> None:
     """The same model at another path, in many files, loaded in another dtype, or behind a LoRA, is the same."""
     model.save_pretrained(tmp_path, max_shard_size="20KB")
@@ -67,7 +70,7 @@ def test_it_does_not_depend_on_the_path_or_the_shards(model: Any, folder: Path, 
         found = fingerprint_of(loaded)
         assert found.differences(expected) == []
         assert (found.weights_index, found.tokenizer) == (expected.weights_index, expected.tokenizer)
-    lora = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules=["q_proj"]))
+    lora: Any = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules=["q_proj"]))
     assert fingerprint_of(lora).weights_index == expected.weights_index
 
 
