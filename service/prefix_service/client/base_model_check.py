@@ -12,6 +12,7 @@ BaseModelCheck = Literal["off", "warn", "refuse"]
 
 CHECKS: Final = get_args(BaseModelCheck)
 _MOST_NAMED: Final = 4  # differences in one message
+_MOST_SHOWN: Final = 120  # characters of a value, so that a hash is shown whole
 
 
 class BaseModelWarning(UserWarning):
@@ -24,7 +25,10 @@ def mismatch(name: str, trained: Fingerprint, here: Fingerprint) -> str | None:
     found = trained.differences(here)
     if not found:
         return None
-    parts = [f"{field} is {shown(now)} here, and was {shown(then)}" for field, then, now in found[:_MOST_NAMED]]
+    parts = [
+        f"{field} is {shown(now, _MOST_SHOWN)} here, and was {shown(then, _MOST_SHOWN)}"
+        for field, then, now in found[:_MOST_NAMED]
+    ]
     more = len(found) - _MOST_NAMED
     return (
         f"{name} was made for another base model: {'; '.join(parts)}{f'; and {more} more differ' if more > 0 else ''}. "
