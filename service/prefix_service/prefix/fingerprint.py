@@ -1,6 +1,7 @@
 """The fingerprint of a base model: what its keys and values depend on, checked and bounded."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Self
@@ -96,8 +97,15 @@ def _members(name: str, here: Any, there: Any) -> Iterator[tuple[str, Any, Any]]
     if isinstance(here, Mapping) and isinstance(there, Mapping):
         for member in sorted(here.keys() & there.keys()):
             yield from _members(f"{name}.{member}", here[member], there[member])
-    elif here is not None and there is not None and here != there:
+    elif here is not None and there is not None and not _equal(here, there):
         yield name, here, there
+
+
+def _equal(here: Any, there: Any) -> bool:
+    """Returns whether two settings are the same; GGUF files hold numbers in float32, other configs in float64."""
+    if isinstance(here, float) and isinstance(there, float):
+        return math.isclose(here, there, rel_tol=1e-6)
+    return bool(here == there)
 
 
 def _checked(name: str, value: Any) -> Any:
