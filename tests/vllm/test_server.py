@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from prefix_service.client.vllm.middleware import ROUTES
+from tests.benchmarks.growth.folder import BIG
 from tests.vllm.served import ASKED, Served
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers' own
@@ -71,8 +72,10 @@ def test_completions_say_the_same(openai: httpx.Client) -> None:
 def test_what_is_wrong_with_an_adapter_is_told_before_the_engine(openai: httpx.Client) -> None:
     """The middleware answers 404 or 400 with the reason, in vLLM's form, and other requests go on."""
     name, question = _ROWS[0]
+    base_model = f"{BIG}/first@1 was made for another base model: weights_index is 'sampled-bfloat16-sha256:"
     refused = [
         ("demo/nosuch", {}, 404, "there is no demo/nosuch"),
+        (f"{BIG}/first", {}, 400, base_model),
         ("nosuch", {}, 400, "names no tenant"),
         (7, {}, 400, "must be text such as tenant/adapter@prod"),
         (f"demo/{name}", {"prompt_logprobs": 1}, 400, "cannot have prompt_logprobs"),

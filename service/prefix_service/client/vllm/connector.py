@@ -21,6 +21,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.models.utils import extract_layer_index
 
+from prefix_service.client.vllm.base_model import BaseModel
 from prefix_service.client.vllm.config import CONNECTOR, MODULE, MULTI_CONNECTOR, ConnectorConfig
 from prefix_service.client.vllm.metrics import PrefixMetrics, PrefixStats
 from prefix_service.client.vllm.model import Model, refuse_model
@@ -68,7 +69,8 @@ class PrefixConnector(KVConnectorBase_V1):  # type: ignore[misc] # vLLM is not i
         if role == KVConnectorRole.SCHEDULER:
             tally = Tally()
             shelf = Shelf(config.cache_bytes, vllm_config.parallel_config.world_size, tally)
-            resolver = Resolver(Source(config, config.cache_bytes), model)
+            base_model = BaseModel(vllm_config, config.base_model_check)
+            resolver = Resolver(Source(config, config.cache_bytes), model, base_model)
             self.half = SchedulerHalf(resolver, shelf, model, config, tally)
         else:
             rank = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()

@@ -47,6 +47,7 @@ class Source:
             verify_digest=config.verify_digest,
             connections=config.connections,
             shared_memory=config.shared_memory,
+            base_model_check="off",  # of prefixes: `BaseModel` compares versions, once for all ranks
         )
 
     async def get(self, reference: str, **options: Any) -> "Prefix":
