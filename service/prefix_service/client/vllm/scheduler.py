@@ -160,8 +160,9 @@ class SchedulerHalf:
         _bind(request, self._salts.of(composition, request.cache_salt))
         ticket.composition = composition
 
-    def allocated(self, request: Any, block_ids: Sequence[int], num_tokens: int) -> None:
-        """Notes the blocks of a request, into which `num_tokens` of its prefix are to be written."""
+    def allocated(self, request: Any, block_ids: Sequence[Sequence[int]], num_tokens: int) -> None:
+        """Notes the blocks of a request in each group of layers, into which `num_tokens` of its prefix are to be
+        written."""
         ticket = self._tickets.get(request.request_id)
         if ticket is None:
             return
@@ -174,7 +175,7 @@ class SchedulerHalf:
             self._loads.append(Load(request.request_id, None))
             return
         end = ticket.composition.num_virtual_tokens
-        self._loads.append(Load(request.request_id, ticket.parcel.number, end - num_tokens, end, list(block_ids)))
+        self._loads.append(Load(request.request_id, ticket.parcel.number, end - num_tokens, end, block_ids))
         self._leave(request.request_id)  # the workers carry out a step's loads before they drop anything
 
     def take_orders(self) -> Orders:
