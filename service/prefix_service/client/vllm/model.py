@@ -12,12 +12,16 @@ _DRAFTS_WITHOUT_A_MODEL: Final = ("ngram", "ngram_gpu", "suffix")
 _KEYS_AND_VALUES: Final = ("FullAttentionSpec", "SlidingWindowSpec", "ChunkedLocalAttentionSpec")
 """vLLM's kinds of layers that keep a key and a value of each head and token; layers with a window keep the last."""
 _STATES: Final = "MambaSpec"
+_REORDERED: Final = "llama4_text"
+"""The model whose keys vLLM keeps in another order than transformers (`permute_qk_weight_for_rotary`): in each head all
+even dimensions before all odd ones."""
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
     """Totals over all ranks, the dtype of keys and values, the longest sequence in tokens, and the ranks that divide
-    heads and layers among them. Where layers differ in their heads or their size (Gemma 4), both are the largest."""
+    heads and layers among them. Where layers differ in their heads or their size (Gemma 4), both are the largest.
+    `evens_first`: vLLM keeps all even dimensions of a head's key before all odd ones (Llama 4)."""
 
     num_layers: int
     num_kv_heads: int
@@ -27,6 +31,7 @@ class Model:
     tensor_ranks: int = 1
     pipeline_ranks: int = 1
     layers_differ: bool = False
+    evens_first: bool = False
 
     @classmethod
     def of(cls, vllm_config: Any) -> Self:
@@ -42,6 +47,7 @@ class Model:
             vllm_config.parallel_config.tensor_parallel_size,
             vllm_config.parallel_config.pipeline_parallel_size,
             len(shapes) > 1,
+            model.hf_text_config.model_type == _REORDERED,
         )
 
     def nbytes_on_worker(self, num_virtual_tokens: int) -> int:

@@ -150,6 +150,8 @@ class WorkerHalf:
                 pair = parts[0] if len(parts) == 1 else torch.cat(parts, -2)  # (2, H', N, D)
                 narrow = pair[:, : module.num_kv_heads, place.start : place.end, : module.head_size]
                 key, value = (_tokens_first(one, device) for one in narrow)
+                if self._model.evens_first:
+                    key = torch.cat((key[..., 0::2], key[..., 1::2]), -1)
                 module.impl.do_kv_cache_update(module, key, value, module.kv_cache, place.slots.to(device))
 
     def close(self) -> None:
