@@ -23,6 +23,7 @@ from vllm.distributed.parallel_state import get_tensor_model_parallel_rank, get_
 from vllm.model_executor.models.utils import extract_layer_index
 
 from prefix_service.client.vllm.config import CONNECTOR, MODULE, MULTI_CONNECTOR, ConnectorConfig
+from prefix_service.client.vllm.events import name_adapters
 from prefix_service.client.vllm.metrics import PrefixMetrics, PrefixStats
 from prefix_service.client.vllm.model import Model, refuse_model
 from prefix_service.client.vllm.resolver import Resolver
@@ -78,6 +79,10 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] # 
             self.half = WorkerHalf(source, model, heads)
 
     # --- The scheduler ---
+
+    def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
+        """Has the pool of blocks name adapters in its KV events."""
+        name_adapters(gpu_block_pool, self.half.adapter_of)
 
     def on_new_request(self, request: Any) -> None:
         """Prepares a request that arrived."""

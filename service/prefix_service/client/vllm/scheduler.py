@@ -29,7 +29,7 @@ from prefix_service.client.vllm.requests import (
 from prefix_service.client.vllm.resolver import Resolver
 from prefix_service.client.vllm.salt import Salts
 from prefix_service.client.vllm.shelf import Load, Orders, Parcel, Reports, Shelf
-from prefix_service.client.vllm.tally import CACHE, Tally
+from prefix_service.client.vllm.tally import CACHE, Tally, adapter_name
 from prefix_service.errors import Internal, PrefixServiceError, Unavailable
 
 log = logging.getLogger("vllm.prefix_service")
@@ -84,6 +84,13 @@ class SchedulerHalf:
     def claims(self, request_id: str) -> bool:
         """Returns whether an unfinished request names an adapter, or tried to and is refused."""
         return request_id in self._tickets
+
+    def adapter_of(self, request_id: str) -> str | None:
+        """Returns the name of an unfinished request's adapters, as metrics have it; None if it has none."""
+        ticket = self._tickets.get(request_id)
+        if ticket is None or ticket.composition is None:
+            return None
+        return adapter_name(ticket.composition.references)
 
     def matched(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Returns how many tokens after the computed ones come from the prefix, and whether they come later.
