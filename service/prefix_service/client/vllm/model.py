@@ -69,17 +69,13 @@ class Model:
         ):
             if metadata[name] == wanted:
                 continue
-            named = f"{metadata['tenant']}/{metadata['adapter']}@{metadata['version']}"
-            if not self.layers_differ or name == "num_layers":
-                raise DimensionMismatch(
-                    f"{named} has {name} {metadata[name]}, the model that vLLM serves has {wanted}: it was trained for "
-                    "another model"
-                )
-            if metadata[name] < wanted:
-                raise DimensionMismatch(
-                    f"{named} has {name} {metadata[name]}, and layers of the model that vLLM serves have {wanted}: "
-                    "PEFT leaves wider layers without a prefix, which vLLM cannot"
-                )
+            reason = "it was trained for another model"
+            if self.layers_differ and name != "num_layers" and metadata[name] < wanted:
+                reason = "PEFT leaves its wider layers without a prefix, which vLLM cannot"
+            raise DimensionMismatch(
+                f"{metadata['tenant']}/{metadata['adapter']}@{metadata['version']} has {name} {metadata[name]}, "
+                f"the model that vLLM serves has {wanted}: {reason}"
+            )
 
 
 def _layer_shapes(model: Any) -> set[tuple[int, int]]:
