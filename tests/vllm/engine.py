@@ -51,7 +51,7 @@ def _answer(questions: Any, answers: Any) -> None:
 
 def _done(llm: Any, asked: dict[str, Any]) -> dict[str, Any] | list[list[float]]:
     (verb, value), *_ = asked.items()
-    answer: Callable[[Any, Any], Any] | None = {
+    verbs: dict[str, Callable[..., Any]] = {
         "salted": _switch_salt,
         "default": _switch_default,
         "hidden": _switch_hiding,
@@ -62,8 +62,8 @@ def _done(llm: Any, asked: dict[str, Any]) -> dict[str, Any] | list[list[float]]
         "events": _events,
         "loaded": _digest_loaded,
         "forget": _forget,
-    }.get(verb)
-    return _run(llm, **asked) if answer is None else answer(llm, value)
+    }
+    return verbs[verb](llm, value) if verb in verbs else _run(llm, **asked)
 
 
 def _say(answers: Any, what: Any) -> None:

@@ -111,7 +111,8 @@ def make_reference(
 ) -> Reference:
     """Writes a model, a Llama if there is no config of another, and its adapters."""
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config or _llama()).save_pretrained(folder / "model")
+    model = AutoModelForCausalLM.from_config(config or _llama())  # type: ignore[no-untyped-call]
+    model.save_pretrained(folder / "model")
     for name in adapters:
         torch.manual_seed(100 + list(TOKENS).index(name))
         base = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)

@@ -38,7 +38,7 @@ def _request(name: str, lora: str | None = None) -> Any:
 def test_events_have_the_name_where_vllm_puts_that_of_a_lora() -> None:
     """Events of a plain request have no name, and those of a LoRA keep its name."""
     pool = _Pool()
-    name_adapters(pool, {"r": "acme/a", "both": "acme/a"}.get)
+    name_adapters(pool, lambda request_id: "acme/a" if request_id in ("r", "both") else None)
     assert pool.cache_full_blocks(_request("r"), 3) == 3
     assert pool.take_events() == ["acme/a", "acme/a", "-"]
     pool.cache_full_blocks(request=_request("r"), blocks=1)
@@ -52,5 +52,5 @@ def test_events_have_the_name_where_vllm_puts_that_of_a_lora() -> None:
 def test_without_events_nothing_is_in_the_way(*, enabled: bool) -> None:
     """A pool's methods are its own if vLLM publishes no events."""
     pool = _Pool(enable_kv_cache_events=enabled)
-    name_adapters(pool, {}.get)
+    name_adapters(pool, lambda request_id: None)
     assert ("cache_full_blocks" in vars(pool)) == enabled
