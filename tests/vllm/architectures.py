@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Final
 
 import transformers
@@ -58,7 +57,7 @@ class Architecture:
     """What its layers see, for README."""
     blocks: int
     config: Mapping[str, Any] = field(default_factory=dict)
-    options: Mapping[str, Any] = MappingProxyType({})
+    options: Mapping[str, Any] = field(default_factory=dict)
     head_dim: bool = True
     """Whether the config has a head size of its own."""
 
