@@ -235,16 +235,17 @@ def _digest_loaded(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
     blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
     llm.reset_prefix_cache()
     for layer in half._layers.values():
-        layer.kv_cache.zero_()
+        layer.module.kv_cache.zero_()
     digest, tokens, write = hashlib.sha256(), [], half._write
 
     def write_and_read(load: Any, prefixes: Any) -> None:
         write(load, prefixes)
         tokens.append(load.end - load.start)
         for layer in half._layers.values():
-            axis = list(layer.kv_cache.shape).index(blocks)
-            for block in load.block_ids:
-                digest.update(layer.kv_cache.select(axis, block).contiguous().numpy().tobytes())
+            cache = layer.module.kv_cache
+            axis = list(cache.shape).index(blocks)
+            for block in load.block_ids[layer.group]:
+                digest.update(cache.select(axis, block).contiguous().numpy().tobytes())
 
     half._write = write_and_read
     try:
