@@ -85,10 +85,11 @@ async def test_what_was_resolved_is_recalled_for_ever_or_for_a_second(server: Se
         assert resolver.recall(("quick/a@1",)) is None
 
 
-async def test_a_question_takes_no_tensors(held: Holder) -> None:
-    """A question is answered while every fetch of a prefix is held up."""
+@pytest.mark.parametrize("other", [b"/prefix", b"/base-model"])
+async def test_a_question_is_one_request_without_tensors(held: Holder, other: bytes) -> None:
+    """A question is answered while every fetch of a prefix, or of a base model's fingerprint, is held up."""
     async with resolving(held.url) as resolver:
-        held.hold(b"/prefix")
+        held.hold(other)
         assert (await resolver.resolve(("quick/a",))).versions[0].number == 1
         held.hold()
 

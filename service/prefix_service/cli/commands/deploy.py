@@ -24,6 +24,7 @@ class Deployed(StrEnum):
     PROMETHEUS = "prometheus"
     ALERTS = "alerts"
     GRAFANA = "grafana"
+    GRAFANA_VLLM = "grafana-vllm"
 
 
 _FILES: Final = {
@@ -35,6 +36,7 @@ _FILES: Final = {
     Deployed.PROMETHEUS: "prometheus.yml",
     Deployed.ALERTS: "alerts.yml",
     Deployed.GRAFANA: "grafana.json",
+    Deployed.GRAFANA_VLLM: "grafana-vllm.json",
 }
 
 
