@@ -39,6 +39,8 @@ _FILES: Final = {
     Deployed.GRAFANA_VLLM: "grafana-vllm.json",
 }
 
+_NAMES: Final = f"What the file is for: {', '.join(Deployed)}. Alerts are rules for Prometheus."
+
 
 def register(app: typer.Typer) -> None:
     """Add this command to the command line."""
@@ -46,7 +48,7 @@ def register(app: typer.Typer) -> None:
 
 
 def deploy(
-    name: Annotated[Deployed, typer.Argument(help="What the file is for: alerts are rules for Prometheus.")],
+    name: Annotated[Deployed, typer.Argument(metavar="name", help=_NAMES)],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write; default: print.")] = None,
     as_json: Json = False,
 ) -> None:
