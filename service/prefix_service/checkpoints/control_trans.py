@@ -30,6 +30,7 @@ _FLAT: Final = "control_trans"
 _OTHER_PARTS: Final = re.compile(r"(?:.+\.)?(?:control_trans(?:2|_enc)\b.*|wte(?:2|_enc)\.weight)")
 _IN_ADAPTERS: Final = re.compile(r"(?:.+\.)?prefix_tunings\.[^.]+\.(?P<place>[^.]+)\.")
 _SHARED: Final = re.compile(r"(?:.+\.)?(prefix_tunings\..+)")
+_MOST_VALUES: Final = 1 << 31  # that a layer of a bottleneck makes: 8 GiB
 _ACTIVATIONS: Final[Mapping[str, Callable[[Tensor], Tensor]]] = {
     "tanh": torch.tanh,
     "relu": F.relu,
@@ -82,7 +83,7 @@ def read_control_trans(
     shapes = {name: shape for name, shape in shapes.items() if name not in aliases}
     scope = _scope(shapes)
     found = _IN_ADAPTERS.fullmatch(scope)
-    activation = torch.tanh
+    activation: Callable[[Tensor], Tensor] = torch.tanh
     if found is not None:
         _check_adapters_tensors(shapes, scope, found["place"])
         activation = _activation(adapters_config, is_flat=scope + _FLAT in shapes)
@@ -215,6 +216,8 @@ def _linear(shapes: Mapping[str, Shape], scope: str, row: int) -> list[str]:
     if len(embedding) != 2 or not embedding[0]:
         raise InvalidCheckpoint(f"{scope}wte.weight must be [tokens, width], got {list(embedding)}")
     width = embedding[1]
+    if embedding[0] * max(shapes[f"{name}.bias"][:1] or (0,) for name in names)[0] > _MOST_VALUES:
+        raise InvalidCheckpoint(f"a bottleneck for {embedding[0]} tokens would make more than {_MOST_VALUES} values")
     for name in names:
         weight, bias = shapes[f"{name}.weight"], shapes[f"{name}.bias"]
         if len(weight) != 2 or weight[1] != width or bias != weight[:1]:

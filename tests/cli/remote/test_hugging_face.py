@@ -76,10 +76,18 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
             yield Hub(seen, storage)
 
 
+def _lead_to(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sets what huggingface_hub makes of HF_ENDPOINT when it is imported."""
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    )
+
+
 @pytest.fixture
 def asked(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
-    """Returns the hub, to which this process's huggingface_hub is led as by HF_ENDPOINT."""
-    monkeypatch.setattr(constants, "ENDPOINT", hub.hub.url)
+    """Returns the hub, to which this process's huggingface_hub is led as HF_ENDPOINT does."""
+    _lead_to(hub.hub.url, monkeypatch)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     hub.hub.requests.clear()
     hub.storage.requests.clear()
@@ -172,6 +180,6 @@ def test_what_cannot_be_published_is_told(
 
 def test_a_hub_that_is_away_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """No answer is an error of the connection."""
-    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{free_port()}")
+    _lead_to(f"http://127.0.0.1:{free_port()}", monkeypatch)
     with pytest.raises(ConnectionFailed, match="the hub did not answer for hf://acme/adapter: ConnectError"):
         fetched("hf://acme/adapter")

@@ -7,7 +7,7 @@ import tarfile
 from base64 import b64encode
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import oras.provider
 import pytest
@@ -147,8 +147,8 @@ def _layer(data: bytes, title: str, **changes: Any) -> dict[str, Any]:
 class Hostile(Handler):
     """A registry whose manifests and blobs the test decides."""
 
-    manifest: bytes
-    blobs: dict[str, tuple[int, dict[str, str], bytes]]
+    manifest: ClassVar[bytes]
+    blobs: ClassVar[dict[str, tuple[int, dict[str, str], bytes]]]
 
     def answer(self, path: str, headers: dict[str, str]) -> tuple[int, dict[str, str], bytes]:
         if path == "/v2/":
@@ -164,16 +164,18 @@ class Hostile(Handler):
 def hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[type[Hostile], Seen]]:
     """Yields a registry that does what the test says, and to which there is a login."""
     config, weights = ((ADAPTER / name).read_bytes() for name in FILES)
-    handler = type("OwnHostile", (Hostile,), {})
-    handler.manifest = json.dumps({"layers": [_layer(config, FILES[0]), _layer(weights, FILES[1])]}).encode()
-    handler.blobs = {_digest(config): (200, {}, config), _digest(weights): (200, {}, weights)}
-    with serving(handler) as seen:
+
+    class Own(Hostile):
+        manifest = json.dumps({"layers": [_layer(config, FILES[0]), _layer(weights, FILES[1])]}).encode()
+        blobs: ClassVar = {_digest(data): (200, {}, data) for data in (config, weights)}
+
+    with serving(Own) as seen:
         place = seen.url.removeprefix("http://")
         (tmp_path / ".docker").mkdir()
         login = {"auths": {place: {"auth": b64encode(b"user:secret").decode()}}}
         (tmp_path / ".docker" / "config.json").write_text(json.dumps(login))
         monkeypatch.setenv("HOME", str(tmp_path))
-        yield handler, seen
+        yield Own, seen
 
 
 def _address(seen: Seen) -> str:

@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
     XetDownloadError,
 )
-from huggingface_hub.utils import disable_progress_bars
+from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from prefix_service.checkpoints.remote.address import Address
 from prefix_service.checkpoints.remote.wanted import MOST_FILES, files_at, wanted_files

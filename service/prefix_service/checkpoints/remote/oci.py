@@ -6,11 +6,14 @@ of files, or of a folder, are read too. A registry on this machine's loopback ad
 
 import contextlib
 import hashlib
+import io
 import ipaddress
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final, Self
 from urllib.parse import urljoin, urlsplit
@@ -37,7 +40,6 @@ ARTIFACT: Final = "application/vnd.prefix-service.adapter.v1"
 """The type of the artifacts that this project writes."""
 
 _MANIFEST: Final = "application/vnd.oci.image.manifest.v1+json"
-_EMPTY: Final = b"{}"
 _TITLE: Final = "org.opencontainers.image.title"
 _IS_FOLDER: Final = "io.deis.oras.content.unpack"
 _MOST_MANIFEST: Final = 1 << 20
@@ -50,15 +52,17 @@ _CHUNK: Final = 1 << 20
 class _Session(requests.Session):
     """A session with deadlines, in which no host that a redirect leads to is given a password."""
 
-    def request(self, *args: Any, **options: Any) -> requests.Response:  # type: ignore[override]
+    def request(self, *args: Any, **options: Any) -> requests.Response:
         """Sends a request as `requests.Session` does.
 
         Raises:
             InvalidResponse: a host to which the registry redirected asks for credentials, which oras would give it.
         """
         answer = super().request(*args, **{"timeout": _TIMEOUT, **options})
-        if answer.history and answer.status_code in (401, 403):
-            raise InvalidResponse("the registry redirects to a host that asks for credentials: it is given none")
+        if answer.status_code in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
+            answer.close()  # its body is never read
+            if answer.history:
+                raise InvalidResponse("the registry redirects to a host that asks for credentials: it is given none")
         return answer
 
 
@@ -73,7 +77,7 @@ class Registry:
         self._address = address
         scheme = "http" if _is_loopback(address.place) else "https"
         self._base = f"{scheme}://{address.place}/v2/{address.path}/"
-        session = _Session()
+        session = self._session = _Session()
         if scheme == "https":
             del session.adapters["http://"]  # neither a redirect nor a token's realm leads out of TLS
         with self._translated():
@@ -83,6 +87,10 @@ class Registry:
             session.cookies.set_policy(self._client.session.cookies.get_policy())
             self._client.session = self._client.auth.session = session
             self._client.auth.load_configs(oras.container.Container(f"{address.place}/{address.path}"))
+
+    def close(self) -> None:
+        """Closes the connections."""
+        self._session.close()
 
     def manifest(self) -> tuple[str, dict[str, Any]]:
         """Returns the digest and the content of the artifact's manifest."""
@@ -117,24 +125,23 @@ class Registry:
         if written != layer.size or f"sha256:{digest.hexdigest()}" != layer.digest:
             raise InvalidResponse(f"what came for {layer.title} of {self._address} does not match its size and digest")
 
-    def upload(self, path: Path) -> tuple[str, int]:
-        """Stores a file as a blob, unless it is there; returns its digest and size."""
-        with path.open("rb") as file:
-            digest = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
-            size = file.seek(0, 2)
-            with self._translated():
-                with self._request("HEAD", f"blobs/{digest}") as known:
-                    if known.status_code == requests.codes.ok:
-                        return digest, size
-                with self._asked("POST", "blobs/uploads/") as begun:
-                    there = urljoin(begun.url, begun.headers.get("Location", ""))
-                if urlsplit(there)[:2] != urlsplit(self._base)[:2]:
-                    raise InvalidResponse("the registry takes uploads on another host: it is given no credentials")
-                file.seek(0)
-                there += f"{'&' if '?' in there else '?'}digest={digest}"
-                headers = {"Content-Type": "application/octet-stream", "Content-Length": str(size)}
-                with self._asked("PUT", there, headers=headers, data=file if size else b""):
-                    return digest, size
+    def upload(self, file: io.BufferedReader | io.BytesIO) -> dict[str, Any]:
+        """Stores a file as a blob, unless it is there; returns its digest and size as a manifest has them."""
+        digest = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+        size = file.seek(0, os.SEEK_END)
+        with self._translated():
+            with self._request("HEAD", f"blobs/{digest}") as known:
+                if known.status_code == HTTPStatus.OK:
+                    return {"digest": digest, "size": size}
+            with self._asked("POST", "blobs/uploads/") as begun:
+                there = urljoin(begun.url, begun.headers.get("Location", ""))
+            if urlsplit(there)[:2] != urlsplit(self._base)[:2]:
+                raise InvalidResponse("the registry takes uploads on another host: it is given no credentials")
+            file.seek(0)
+            there += f"{'&' if '?' in there else '?'}digest={digest}"
+            headers = {"Content-Type": "application/octet-stream", "Content-Length": str(size)}
+            with self._asked("PUT", there, headers=headers, data=file):
+                return {"digest": digest, "size": size}
 
     def put_manifest(self, manifest: Mapping[str, Any]) -> str:
         """Stores the artifact's manifest under its tag; returns its digest."""
@@ -147,15 +154,15 @@ class Registry:
     def _asked(self, method: str, path: str, **options: Any) -> requests.Response:
         """Returns a good answer."""
         answer = self._request(method, path, **options)
-        if answer.status_code < requests.codes.multiple_choices:
+        if answer.status_code < HTTPStatus.MULTIPLE_CHOICES:
             return answer
         answer.close()
         match answer.status_code:
-            case requests.codes.not_found:
+            case HTTPStatus.NOT_FOUND:
                 raise NotFound(f"there is no {self._address}, or the credentials may not see it")
-            case requests.codes.unauthorized:
+            case HTTPStatus.UNAUTHORIZED:
                 raise Unauthenticated(f"the registry wants credentials for {self._address}: run `docker login`")
-            case requests.codes.forbidden:
+            case HTTPStatus.FORBIDDEN:
                 raise Forbidden(f"the credentials may not do that with {self._address}: look at their rights")
         raise InvalidRequest(f"the registry refused {self._address} with status {answer.status_code}")
 
@@ -214,7 +221,15 @@ def download(address: Address, folder: Path, most: int) -> tuple[Path, dict[str,
         InvalidRequest, InvalidResponse, ConnectionFailed: the registry refused, sent something else than it announced,
             or did not answer.
     """
-    registry = Registry(address)
+    with contextlib.closing(Registry(address)) as registry:
+        digest, weights = _download(registry, address, folder, most)
+    resolved = Address("oci", address.place, digest, address.path)
+    tag = {} if address.revision == digest else {"source.revision": str(address.revision)}
+    return folder / weights, {"source": str(resolved), **tag}
+
+
+def _download(registry: Registry, address: Address, folder: Path, most: int) -> tuple[str, str]:
+    """Returns the manifest's digest, and the name of the weights."""
     digest, manifest = registry.manifest()
     described = manifest.get("layers")
     if not isinstance(described, list) or len(described) > _MOST_LAYERS:
@@ -222,16 +237,12 @@ def download(address: Address, folder: Path, most: int) -> tuple[Path, dict[str,
     layers = [Layer.parse(each) for each in described]
     folders = [layer for layer in layers if layer.is_folder]
     if folders:
-        weights = _download_folder(registry, folders, folder, most)
-    else:
-        sizes = {layer.title: layer.size for layer in layers if layer.title and "/" not in layer.title}
-        weights, names = wanted_files(sizes, most)
-        for layer in layers:
-            if layer.title in names:
-                registry.download(layer, folder / layer.title)
-    resolved = Address("oci", address.place, digest, address.path)
-    tag = {} if address.revision == digest else {"source.revision": str(address.revision)}
-    return folder / weights, {"source": str(resolved), **tag}
+        return digest, _download_folder(registry, folders, folder, most)
+    files = {layer.title: layer for layer in layers if layer.title and "/" not in layer.title}
+    weights, names = wanted_files({name: layer.size for name, layer in files.items()}, most)
+    for name in names:
+        registry.download(files[name], folder / name)
+    return digest, weights
 
 
 def _download_folder(registry: Registry, folders: list[Layer], folder: Path, most: int) -> str:
@@ -261,23 +272,21 @@ def store(address: Address, files: Mapping[str, tuple[Path, str]], annotations: 
     """
     if ":" in str(address.revision):
         raise InvalidRequest(f"{address} names a digest, which follows from the content: name a tag")
-    registry = Registry(address)
-    layers = []
-    for name, (path, media_type) in files.items():
-        digest, size = registry.upload(path)
-        layers.append({"mediaType": media_type, "digest": digest, "size": size, "annotations": {_TITLE: name}})
-    empty = next(iter(files.values()))[0].with_name(".empty.json")
-    empty.write_bytes(_EMPTY)
-    digest, size = registry.upload(empty)
-    manifest = {
-        "schemaVersion": 2,
-        "mediaType": _MANIFEST,
-        "artifactType": ARTIFACT,
-        "config": {"mediaType": "application/vnd.oci.empty.v1+json", "digest": digest, "size": size},
-        "layers": layers,
-        "annotations": dict(annotations),
-    }
-    return registry.put_manifest(manifest)
+    with contextlib.closing(Registry(address)) as registry:
+        layers = []
+        for name, (path, media_type) in files.items():
+            with path.open("rb") as file:
+                described = {"mediaType": media_type, **registry.upload(file), "annotations": {_TITLE: name}}
+            layers.append(described)
+        manifest = {
+            "schemaVersion": 2,
+            "mediaType": _MANIFEST,
+            "artifactType": ARTIFACT,
+            "config": {"mediaType": "application/vnd.oci.empty.v1+json", **registry.upload(io.BytesIO(b"{}"))},
+            "layers": layers,
+            "annotations": dict(annotations),
+        }
+        return registry.put_manifest(manifest)
 
 
 def _is_loopback(place: str) -> bool:

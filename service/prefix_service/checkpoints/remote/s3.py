@@ -13,7 +13,7 @@ from obstore.exceptions import BaseError, NotFoundError, PermissionDeniedError, 
 from obstore.store import S3Store
 
 from prefix_service.checkpoints.remote.address import Address
-from prefix_service.checkpoints.remote.wanted import MOST_FILES, files_at, wanted_files
+from prefix_service.checkpoints.remote.wanted import BESIDE, MOST_FILES, files_at, wanted_files
 from prefix_service.errors import (
     ConnectionFailed,
     Forbidden,
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _ENDPOINTS: Final = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 _CONNECT, _STALLED, _RETRYING = timedelta(seconds=10), timedelta(seconds=30), timedelta(seconds=20)
+_MISSING: Final = (NotFoundError, FileNotFoundError)
 _STATUS: Final = re.compile(r"status code: ([0-9]{3})\b")
 
 
@@ -47,17 +48,7 @@ def download(address: Address, folder: Path, most: int) -> tuple[Path, dict[str,
             server did not answer.
     """
     store = _store(address)
-    parent = address.path.rpartition("/")[0]  # the path may name a file
-
-    def list_all() -> dict[str, int]:
-        found: dict[str, int] = {}
-        for page in obstore.list(store, parent or None, chunk_size=1000):
-            found.update({each["path"]: each["size"] for each in page if _is_near(each["path"], address.path)})
-            if len(found) > MOST_FILES:
-                raise InvalidRequest(f"{address} has more than {MOST_FILES} objects: name the adapter's folder")
-        return found
-
-    inside, sizes = files_at(_asked(address, list_all), address.path)
+    inside, sizes = files_at(_asked(address, lambda: _listing(store, address)), address.path)
     weights, names = wanted_files(sizes, most)
     for name in names:
         key = f"{inside}/{name}" if inside else name
@@ -65,10 +56,25 @@ def download(address: Address, folder: Path, most: int) -> tuple[Path, dict[str,
     return folder / weights, {"source": str(address)}
 
 
-def _is_near(key: str, path: str) -> bool:
-    """Returns whether an object is at the path, directly in it, or beside it."""
-    parent, beside = key.rpartition("/")[0], path.rpartition("/")[0]
-    return parent in (path, beside)
+def _listing(store: S3Store, address: Address) -> dict[str, int]:
+    """Returns the sizes of the objects below the address; of one object and those beside it, if it is an object's."""
+    if (size := _size(store, address.path)) is not None:
+        folder = address.path.rpartition("/")[0]
+        beside = {key: _size(store, key) for key in (f"{folder}/{name}".lstrip("/") for name in BESIDE)}
+        return {address.path: size, **{key: found for key, found in beside.items() if found is not None}}
+    listing: dict[str, int] = {}
+    for page in obstore.list(store, address.path, chunk_size=1000):
+        listing.update({each["path"]: each["size"] for each in page})
+        if len(listing) > MOST_FILES:
+            raise InvalidRequest(f"{address} has more than {MOST_FILES} objects: name the adapter's folder")
+    return listing
+
+
+def _size(store: S3Store, key: str) -> int | None:
+    try:
+        return obstore.head(store, key)["size"]
+    except _MISSING:
+        return None
 
 
 def _store(address: Address) -> S3Store:
@@ -107,7 +113,7 @@ def _asked(address: Address, call: Callable[[], T]) -> T:
     """Returns what a call of obstore returns. The text of its errors can hold a key's id, so none of it is shown."""
     try:
         return call()
-    except (BaseError, ValueError) as error:
+    except (BaseError, ValueError, FileNotFoundError) as error:
         raise _error(address, error) from None
 
 
@@ -120,7 +126,7 @@ def _error(address: Address, error: Exception) -> PrefixServiceError:
         )
     if isinstance(error, PermissionDeniedError) or status == HTTPStatus.FORBIDDEN:
         return Forbidden(f"these credentials may not read {address}: look at AWS_ACCESS_KEY_ID")
-    if isinstance(error, NotFoundError):
+    if isinstance(error, _MISSING):
         return NotFound(f"there is no {address}: look at the bucket's name and AWS_ENDPOINT_URL")
     if status:
         return InvalidRequest(f"the server refused {address} with status {status}")

@@ -9,7 +9,7 @@ from prefix_service.prefix.description import MOST_CARD
 from prefix_service.prefix.file_names import CARD_NAME, CONFIG_NAME, RECIPE_NAME, WEIGHTS_NAME
 from prefix_service.prefix.json_text import MAX_CONFIG_BYTES
 
-_MOST_BESIDE: Final = {CONFIG_NAME: MAX_CONFIG_BYTES, CARD_NAME: MOST_CARD, RECIPE_NAME: MAX_CONFIG_BYTES}
+BESIDE: Final = {CONFIG_NAME: MAX_CONFIG_BYTES, CARD_NAME: MOST_CARD, RECIPE_NAME: MAX_CONFIG_BYTES}
 """The files beside the weights, and the most bytes of each."""
 
 MOST_FILES: Final = 10_000
@@ -31,7 +31,7 @@ def files_at(listing: Mapping[str, int], path: str) -> tuple[str, dict[str, int]
         if file.startswith(start) and "/" not in file.removeprefix(start)
     }
     if name:
-        found = {file: size for file, size in found.items() if file == name or file in _MOST_BESIDE}
+        found = {file: size for file, size in found.items() if file == name or file in BESIDE}
     if not found:
         raise NotFound(f"there are no files at {path or 'the top'}: name the adapter's folder")
     return folder, found
@@ -55,9 +55,9 @@ def wanted_files(sizes: Mapping[str, int], most: int) -> tuple[str, list[str]]:
             if candidates
             else f"there are no weights among {shown}: name the folder that has {WEIGHTS_NAME}"
         )
-    names = [*(name for name in _MOST_BESIDE if name in sizes), weights]
+    names = [*(name for name in BESIDE if name in sizes), weights]
     for name in names:
-        bound = _MOST_BESIDE.get(name, most)
+        bound = BESIDE.get(name, most)
         if sizes[name] > bound:
             raise TooLarge(f"{name} has {sizes[name]} bytes, and an adapter's may have {bound}: it was not downloaded")
     return weights, names
