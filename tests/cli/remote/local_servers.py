@@ -36,7 +36,8 @@ class Handler(BaseHTTPRequestHandler):
     seen: Seen
 
     def do_GET(self) -> None:
-        """Answers a GET or a HEAD."""
+        """Answers a request, whose body it drops."""
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
         headers = {name.lower(): value for name, value in self.headers.items()}
         self.seen.requests.append((self.command, self.path, headers))
         status, fields, body = self.answer(unquote(self.path.partition("?")[0]), headers)
@@ -47,7 +48,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    do_HEAD = do_GET  # noqa: N815 - the base class's names
+    do_HEAD = do_POST = do_PUT = do_GET  # noqa: N815 - the base class's names
 
     def answer(self, path: str, headers: dict[str, str]) -> tuple[int, dict[str, str], bytes]:
         """Returns status, header fields and body."""

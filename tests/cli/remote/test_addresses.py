@@ -108,7 +108,11 @@ def test_an_archive_that_leads_elsewhere_is_refused(
         archived_files(archive, 100)
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:60], lambda data: b"no archive", lambda data: data[:-12]])
+@pytest.mark.parametrize(
+    "damage",
+    [lambda data: data[:60], lambda data: data[:-12], lambda _: b"no archive"],
+    ids=["beginning", "no-end", "other"],
+)
 def test_a_damaged_archive_is_refused(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     """An archive that ends too soon, or is none, is an error."""
     archive = _archive(tmp_path / "a.tar.gz", ("a", tarfile.REGTYPE, bytes(range(256)) * 40))

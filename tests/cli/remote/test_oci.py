@@ -8,6 +8,7 @@ from base64 import b64encode
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Final
+from urllib.parse import parse_qs
 
 import oras.provider
 import pytest
@@ -151,8 +152,6 @@ class Hostile(Handler):
     blobs: ClassVar[dict[str, tuple[int, dict[str, str], bytes]]]
 
     def answer(self, path: str, headers: dict[str, str]) -> tuple[int, dict[str, str], bytes]:
-        if path == "/v2/":
-            return 401, {"WWW-Authenticate": 'Basic realm="tests"'}, b""
         if "authorization" not in headers:
             return 401, {"WWW-Authenticate": 'Basic realm="tests"'}, b""
         if "/manifests/" in path:
@@ -202,6 +201,35 @@ def test_redirects_are_given_no_password(hostile: tuple[type[Hostile], Seen]) ->
             fetched(_address(seen))
         assert storage.authorizations() == {None}
     assert None not in {headers.get("authorization") for _, path, headers in seen.requests[-2:] if "/blobs/" in path}
+
+
+def test_a_token_is_asked_for_each_scope(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A registry with tokens is given one to read, then one to write; the password goes to the realm alone."""
+
+    class Tokens(Handler):
+        def answer(self, path: str, headers: dict[str, str]) -> tuple[int, dict[str, str], bytes]:
+            if path == "/token":
+                known = headers.get("authorization") == f"Basic {b64encode(b'user:secret').decode()}"
+                scope = parse_qs(self.path.partition("?")[2]).get("scope", [""])[0]
+                return (200 if known else 401), {}, json.dumps({"token": scope.replace(":", "-")}).encode()
+            actions = "pull" if self.command in ("GET", "HEAD") else "pull,push"
+            if headers.get("authorization") != f"Bearer repository-a-{actions}":
+                scope = f'Bearer realm="{self.seen.url}/token",service="tests",scope="repository:a:{actions}"'
+                return 401, {"WWW-Authenticate": scope}, b""
+            if self.command == "HEAD":
+                return 404, {}, b""
+            return 202, {"Location": "/v2/a/blobs/uploads/1"}, b""
+
+    with serving(Tokens) as seen:
+        place = seen.url.removeprefix("http://")
+        (tmp_path / ".docker").mkdir()
+        login = {"auths": {place: {"auth": b64encode(b"user:secret").decode()}}}
+        (tmp_path / ".docker" / "config.json").write_text(json.dumps(login))
+        monkeypatch.setenv("HOME", str(tmp_path))
+        digest = store(parse_address(_address(seen)), {FILES[0]: (ADAPTER / FILES[0], "application/json")}, {})
+        assert digest.startswith("sha256:")
+        with_password = {path.partition("?")[0] for _, path, headers in seen.requests if "Basic" in str(headers)}
+    assert with_password == {"/token"}
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,15 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
+from http.cookiejar import DefaultCookiePolicy
 from pathlib import Path
 from typing import Any, Final, Self
 from urllib.parse import urljoin, urlsplit
 
+import oras.auth
 import oras.container
-import oras.provider
 import requests
+from requests import Response
 
 from prefix_service.checkpoints.remote.address import Address
 from prefix_service.checkpoints.remote.archives import archived_files, extract
@@ -52,7 +54,7 @@ _CHUNK: Final = 1 << 20
 class _Session(requests.Session):
     """A session with deadlines, in which no host that a redirect leads to is given a password."""
 
-    def request(self, *args: Any, **options: Any) -> requests.Response:
+    def request(self, *args: Any, **options: Any) -> Response:
         """Sends a request as `requests.Session` does.
 
         Raises:
@@ -75,18 +77,13 @@ class Registry:
 
     def __init__(self, address: Address) -> None:
         self._address = address
-        scheme = "http" if _is_loopback(address.place) else "https"
-        self._base = f"{scheme}://{address.place}/v2/{address.path}/"
-        session = self._session = _Session()
-        if scheme == "https":
-            del session.adapters["http://"]  # neither a redirect nor a token's realm leads out of TLS
-        with self._translated():
-            challenge = session.get(f"{scheme}://{address.place}/v2/").headers.get("WWW-Authenticate", "")
-            kind = "basic" if challenge.lower().startswith("basic") else "token"
-            self._client = oras.provider.Registry(address.place, insecure=scheme == "http", auth_backend=kind)
-            session.cookies.set_policy(self._client.session.cookies.get_policy())
-            self._client.session = self._client.auth.session = session
-            self._client.auth.load_configs(oras.container.Container(f"{address.place}/{address.path}"))
+        self._scheme = "http" if _is_loopback(address.place) else "https"
+        self._base = f"{self._scheme}://{address.place}/v2/{address.path}/"
+        self._authorization: dict[str, str] = {}
+        self._session = _Session()
+        self._session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
+        if self._scheme == "https":
+            del self._session.adapters["http://"]  # neither a redirect nor a token's realm leads out of TLS
 
     def close(self) -> None:
         """Closes the connections."""
@@ -151,7 +148,7 @@ class Registry:
             self._asked("PUT", path, headers={"Content-Type": _MANIFEST}, data=data).close()
         return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
-    def _asked(self, method: str, path: str, **options: Any) -> requests.Response:
+    def _asked(self, method: str, path: str, **options: Any) -> Response:
         """Returns a good answer."""
         answer = self._request(method, path, **options)
         if answer.status_code < HTTPStatus.MULTIPLE_CHOICES:
@@ -166,9 +163,30 @@ class Registry:
                 raise Forbidden(f"the credentials may not do that with {self._address}: look at their rights")
         raise InvalidRequest(f"the registry refused {self._address} with status {answer.status_code}")
 
-    def _request(self, method: str, path: str, **options: Any) -> requests.Response:
-        answer: requests.Response = self._client.do_request(urljoin(self._base, path), method, stream=True, **options)
-        return answer
+    def _request(self, method: str, path: str, headers: Mapping[str, str] | None = None, **options: Any) -> Response:
+        url, own = urljoin(self._base, path), headers or {}
+        answer = self._session.request(method, url, headers={**own, **self._authorization}, stream=True, **options)
+        if answer.status_code != HTTPStatus.UNAUTHORIZED:
+            return answer
+        self._authorization = self._authorized(answer)
+        if "data" in options and hasattr(options["data"], "seek"):
+            options["data"].seek(0)
+        return self._session.request(method, url, headers={**own, **self._authorization}, stream=True, **options)
+
+    def _authorized(self, refused: Response) -> dict[str, str]:
+        """Returns the header that answers a registry's challenge: a password, or a new token for what was asked."""
+        is_basic = refused.headers.get("WWW-Authenticate", "").lower().startswith("basic")
+        auth = oras.auth.get_auth_backend(
+            "basic" if is_basic else "token", self._session, insecure=self._scheme == "http"
+        )
+        try:
+            auth.load_configs(oras.container.Container(f"{self._address.place}/{self._address.path}"))
+            signed, _ = auth.authenticate_request(refused, {})
+            return {"Authorization": signed["Authorization"]}
+        except (AttributeError, KeyError, TypeError) as error:  # there is no login, or no realm to ask
+            raise Unauthenticated(
+                f"the registry wants credentials for {self._address}: run `docker login {self._address.place}`"
+            ) from error
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:
@@ -179,8 +197,6 @@ class Registry:
         except requests.RequestException as error:
             what = type(error).__name__
             raise ConnectionFailed(f"the registry of {self._address} did not answer: {what}") from error
-        except (ValueError, KeyError, AttributeError) as error:  # oras cannot answer the demand for a token
-            raise Unauthenticated(f"the registry wants credentials for {self._address}: run `docker login`") from error
 
 
 @dataclass(frozen=True, slots=True)
