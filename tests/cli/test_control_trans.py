@@ -14,6 +14,7 @@ from prefix_service.checkpoints.sources import prepare_upload
 from prefix_service.errors import InvalidCheckpoint, InvalidConfig
 from prefix_service.prefix.kv import PrefixKV
 from tests.cli.conftest import Run
+from tests.conftest import CORPUS
 
 FILES: Final = Path(__file__).parents[1] / "data" / "control_trans"
 
@@ -131,10 +132,10 @@ def test_the_base_model_must_fit(tmp_path: Path) -> None:
     """Another base model's config, or none, is an error that says what is missing or does not fit."""
     with pytest.raises(InvalidConfig, match="--base-config"):
         converted("li_liang-flat", base_config=None)
-    other = FILES / "adapterhub-llama-bottleneck" / "base_config.json"
-    with pytest.raises(InvalidCheckpoint, match=r"control_trans has shape \[96\].* 3 layers of 2 heads of size 4"):
+    other = CORPUS / "bases" / "gpt2" / "config.json"
+    with pytest.raises(InvalidCheckpoint, match=r"control_trans has shape \[96\].* 3 layers of 4 heads of size 8"):
         converted("li_liang-flat", base_config=other)
-    with pytest.raises(InvalidCheckpoint, match=r"makes 32 values for a token, .* are 48"):
+    with pytest.raises(InvalidCheckpoint, match=r"makes 32 values for a token, .* are 192"):
         converted("li_liang-bottleneck", base_config=other)
 
 

@@ -106,6 +106,8 @@ def fetched(address: str, **options: Any) -> tuple[list[str], dict[str, str], st
 
 def test_an_adapter_is_published_with_its_commit(hub: Hub, server: Server) -> None:
     """The version's annotations name the commit, the files are of that commit, and no others came."""
+    hub.hub.requests.clear()
+    hub.storage.requests.clear()
     environment = {
         "PREFIX_URL": server.url,
         "PREFIX_API_KEY": server.admin_key,

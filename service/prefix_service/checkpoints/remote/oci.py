@@ -44,6 +44,7 @@ ARTIFACT: Final = "application/vnd.prefix-service.adapter.v1"
 _MANIFEST: Final = "application/vnd.oci.image.manifest.v1+json"
 _TITLE: Final = "org.opencontainers.image.title"
 _IS_FOLDER: Final = "io.deis.oras.content.unpack"
+_FOLDER: Final = ".tar+gzip"  # oras-py gives files the type of a plain tar
 _MOST_MANIFEST: Final = 1 << 20
 _MOST_LAYERS: Final = 1000
 _DIGEST: Final = re.compile("sha256:[0-9a-f]{64}")
@@ -221,7 +222,8 @@ class Layer:
             raise InvalidCheckpoint(f"a layer of the artifact has the digest {digest:.80} and the size {size!r:.20}")
         annotations = values.get("annotations")
         annotations = annotations if isinstance(annotations, dict) else {}
-        return cls(digest, size, str(annotations.get(_TITLE, "")), annotations.get(_IS_FOLDER) == "true")
+        is_folder = annotations.get(_IS_FOLDER) == "true" or str(values.get("mediaType")).endswith(_FOLDER)
+        return cls(digest, size, str(annotations.get(_TITLE, "")), is_folder)
 
 
 def download(address: Address, folder: Path, most: int) -> tuple[Path, dict[str, str]]:
