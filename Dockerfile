@@ -28,7 +28,7 @@ RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
 COPY LICENSE README.md pyproject.toml ./
 COPY service ./service
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
-    /venv/bin/pip install --constraint constraints.txt '.[fleet]' \
+    /venv/bin/pip install --constraint constraints.txt '.[fleet,traces]' \
     && /venv/bin/pip uninstall --yes pip
 # 145 MB that only who builds torch extensions, or torch itself, has a use for.
 RUN rm -rf /venv/lib/python3.*/site-packages/torch/include /venv/lib/python3.*/site-packages/torch/test

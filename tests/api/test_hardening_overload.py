@@ -14,17 +14,15 @@ from safetensors.torch import save
 
 from prefix_service.blobs.folder import FolderBlobStore
 from prefix_service.registry.failures import REMEMBERED_SECONDS
+from prefix_service.registry.registry import LEAST
 from tests.api.helpers import CONFIG, assert_alive, problem, upload, weights
 from tests.conftest import Server, running_server
-
-SIZE = 3 * 32 * 4  # bytes of CONFIG's keys and values
 
 
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Server]:
-    """Yields a server with room for twelve prefixes, and as many renderings, which are reserved with room for a
-    header."""
-    budgets = {"PREFIX_DEVICE_BYTES": str(12 * SIZE), "PREFIX_RENDERING_BYTES": str(12 * (SIZE + 1000))}
+    """Yields a server with room for twelve small prefixes, and as many renderings."""
+    budgets = dict.fromkeys(("PREFIX_DEVICE_BYTES", "PREFIX_RENDERING_BYTES"), str(12 * LEAST))
     with running_server(tmp_path / "data", environment=budgets) as running:
         yield running
 

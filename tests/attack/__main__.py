@@ -1,6 +1,6 @@
 """Attack a service with the smallest keys, beside a neighbour that reads and moves an alias: `python -m tests.attack`.
 
-About 15 minutes for all attacks. Exit status 1 if a promise did not hold.
+About 20 minutes for all attacks. Exit status 1 if a promise did not hold.
 """
 
 import contextlib

@@ -39,6 +39,8 @@ WIDE, LARGE, MANY = f"{ADAPTERS}/wide", f"{ADAPTERS}/large", f"{ADAPTERS}/many"
 WIDE_TOKENS: Final = 16_384
 VERSIONS: Final = 60
 LARGE_LAYERS: Final = 32
+HEAVY, HEAVY_VERSIONS = f"{ADAPTERS}/heavy", 20
+"""Versions of the large one's shape, 32 MiB each."""
 DEEP, DEEP_LAYERS = f"{ADAPTERS}/deep", 1000
 _JSON: Final = (1 << 20) - 1000
 """Bytes of JSON that are just read; with a mask four times as many."""
@@ -47,7 +49,8 @@ _JSON: Final = (1 << 20) - 1000
 @dataclass(frozen=True, slots=True)
 class Attack:
     """One attack. `allowed` lists the statuses that it may be answered with, beside a connection that is cut off. It
-    may make so many bytes on the `disk`: twice its tenant's quota."""
+    may make so many bytes on the `disk`: twice its tenant's quota. Only one that `works` may take memory of the work
+    budget; what others read is in the budgets of prefixes and renderings."""
 
     name: str
     key: Key
@@ -55,19 +58,20 @@ class Attack:
     run: Run
     allowed: frozenset[int]
     disk: int
+    works: bool
 
 
 ATTACKS: dict[str, Attack] = {}
 
 
-def attack(key: Key, *allowed: int) -> Callable[[Run], Run]:
+def attack(key: Key, *allowed: int, works: bool = True) -> Callable[[Run], Run]:
     """Adds a function to the attacks; its name and the first line of its docstring describe it."""
 
     def add(run: Run) -> Run:
         name = run.__name__.replace("_", "-")
         says = (run.__doc__ or "").partition("\n")[0]
         disk = 2 * (SMALL_QUOTA if key == "small" else QUOTA)
-        ATTACKS[name] = Attack(name, key, says, run, frozenset(allowed), disk)
+        ATTACKS[name] = Attack(name, key, says, run, frozenset(allowed), disk, works)
         return run
 
     return add
@@ -146,6 +150,13 @@ def _lists(start: bytes, item: bytes, end: bytes, nbytes: int = _JSON) -> bytes:
 async def rows_of_nothing(target: Target, answers: Answers) -> None:
     """4 MiB of JSON with a mask: a million rows, each of them wrong."""
     await _posting("/v1/prefixes", "read", lambda: _lists(b'{"rows":[', b"[]", b"]}", 4 * _JSON), 2)(target, answers)
+
+
+@attack("read", 413, 422, 503, 507)
+async def rows_of_lists(target: Target, answers: Answers) -> None:
+    """2 MB of JSON: 65,536 rows, each a sound list of prefixes."""
+    rows = as_json({"rows": [["a/b"] * 4] * 65_536})
+    await _posting("/v1/prefixes", "read", lambda: rows, 2)(target, answers)
 
 
 @attack("read", 413, 422, 503, 507)
@@ -428,6 +439,40 @@ async def cold_scan(target: Target, answers: Answers) -> None:
         return await connection.answer()
 
     await repeatedly(target, answers, 8, step)
+
+
+@attack("read", 200, 503, works=False)
+async def one_layer_of_each(target: Target, answers: Answers) -> None:
+    """One layer of each of 20 versions of 32 MiB, three times, so that a thirty-second of each stays in memory."""
+    numbers = itertools.count()
+
+    async def step(connection: Connection) -> int | None:
+        layer, version = divmod(next(numbers), HEAVY_VERSIONS)
+        query = f"layers={layer % LARGE_LAYERS}:{layer % LARGE_LAYERS + 1}"
+        whole = request(target, "GET", f"{HEAVY}@{version + 1}/prefix?{query}", "read")
+        await connection.send(whole * 3)
+        return [await connection.answer() for _ in range(3)][-1]
+
+    async with connected(target, answers) as connection:
+        for _ in range(HEAVY_VERSIONS):  # each once, however short the attack is
+            if connection is None or await step(connection) is None:
+                return
+    await repeatedly(target, answers, 8, step)
+
+
+@attack("read", 200, 503, works=False)
+async def float8_of_changing_layers(target: Target, answers: Answers) -> None:
+    """HEAD for the digests of other ranges of layers of a large adapter in float8, 50 at a time."""
+    ranges = itertools.combinations(range(LARGE_LAYERS + 1), 2)
+    queries = itertools.cycle(sorted(ranges, key=lambda layers: layers[0] - layers[1]))  # the longest first
+
+    async def step(connection: Connection) -> tuple[int, int] | None:
+        first, last = next(queries)
+        query = f"dtype=float8_e4m3fn&layers={first}:{last}"
+        await connection.send(request(target, "HEAD", f"{LARGE}/prefix?{query}", "read"))
+        return await connection.status()
+
+    await repeatedly(target, answers, 50, step)
 
 
 @attack("read", 200, 503)

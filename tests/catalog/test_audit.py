@@ -14,7 +14,7 @@ from prefix_service.catalog.authority import writing_for
 from prefix_service.catalog.catalog import Catalog
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.keys import Keyring
-from prefix_service.catalog.records import COMMAND_LINE, AuditEntry, Principal, Quotas, VersionName
+from prefix_service.catalog.records import COMMAND_LINE, AuditEntry, AuditFilter, Principal, Quotas, VersionName
 from prefix_service.catalog.schema import metadata
 from prefix_service.catalog.tenants import Tenants
 from prefix_service.errors import (
@@ -26,7 +26,7 @@ from prefix_service.errors import (
     StorageFailed,
 )
 from prefix_service.prefix.references import parse_reference
-from tests.catalog.conftest import BY, Content
+from tests.catalog.conftest import BY, Content, on_sqlite
 
 
 @pytest.fixture(autouse=True)
@@ -258,6 +258,40 @@ def test_a_listing_comes_in_pages(audit: AuditLog) -> None:
     assert audit.listed("acme", before=every[1].id, limit=2) == every[2:4]
     assert audit.listed("acme", before=every[-1].id, limit=2) == []
     assert audit.listed("acme", before=10**17, limit=9) == every
+
+
+def test_changes_are_filtered(audit: AuditLog, catalog: Catalog, own: Principal) -> None:
+    """By action, and by a text in target, tenant, actor, or the key's id or name, in capitals or not. What is hidden
+    from a tenant is not found by it."""
+    catalog.put_alias("acme", "a", "prod", 2, own)
+    moved, before = [entry for entry in entries(audit, "acme") if entry.action == "alias.moved"]
+
+    def listed(action: str | None, search: str | None = None, hides_platform: bool = False) -> list[AuditEntry]:
+        return audit.listed("acme", before=None, limit=9, wanted=AuditFilter(action, search, hides_platform))
+
+    assert listed("alias.moved") == [moved, before]
+    for text in ("OWN", own.key_id):
+        assert moved in listed(None, text, hides_platform=True)
+        assert before not in listed(None, text)
+    assert listed("alias.moved", "A@PROD") == [moved, before]
+    assert listed(None, "A@PR%") == listed(None, "a_prod") == []
+    assert before in listed(None, BY.key_id)
+    assert before not in listed(None, BY.key_id, hides_platform=True)
+    assert before in listed(None, "platform", hides_platform=True)
+
+
+@on_sqlite
+def test_only_the_latest_changes_are_searched(database: Database, audit: AuditLog) -> None:
+    """A filter looks at 100,000 changes, of a tenant or of all; without one, every change is listed."""
+    numbers = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 99999)"
+    row = "(SELECT id FROM tenants), 'acme', 'acme', '0', 'looked.at', 'x', '{}'"
+    columns = "tenant_id, tenant, actor, key_id, action, target, details"
+    with database.writing() as connection:
+        connection.exec_driver_sql(f"{numbers} INSERT INTO audit ({columns}) SELECT {row} FROM n")  # noqa: S608
+    for tenant in ("acme", None):
+        found = audit.listed(tenant, before=None, limit=9, wanted=AuditFilter(search="acme/a@"))
+        assert [entry.target for entry in found] == ["acme/a@prod"]
+        assert len(audit.listed(tenant, before=5, limit=9)) == 4
 
 
 def test_a_namesake_does_not_see_what_was_before(tenants: Tenants, audit: AuditLog) -> None:

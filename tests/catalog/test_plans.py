@@ -13,7 +13,7 @@ from prefix_service.catalog.descriptions import Descriptions
 from prefix_service.catalog.garbage import Garbage
 from prefix_service.catalog.keys import Keyring
 from prefix_service.catalog.listings import Listings
-from prefix_service.catalog.records import AdapterOrder, AdapterPlace, Quotas, Use, VersionName
+from prefix_service.catalog.records import AdapterOrder, AdapterPlace, AuditFilter, Quotas, Use, VersionName
 from prefix_service.catalog.retention import expire_audit
 from prefix_service.catalog.schema import metadata
 from prefix_service.catalog.tenants import Tenants
@@ -105,6 +105,8 @@ def test_no_table_is_read_whole(
     tenants.requests_per_second("acme")
     audit.listed("acme", before=9, limit=9)
     audit.listed(None, before=9, limit=9)
+    for tenant in ("acme", None):
+        audit.listed(tenant, before=9, limit=9, wanted=AuditFilter("alias.moved", "a", hides_platform=True))
     garbage.wanted([content("x").weights], 0)
     catalog.delete("acme", parse_reference("a@2"), BY)
     catalog.delete("acme", parse_reference("a"), BY)

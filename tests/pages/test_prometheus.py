@@ -13,6 +13,7 @@ import httpx
 import pytest
 import yaml
 
+from prefix_service.registry.registry import LEAST
 from prefix_service.settings import Settings
 from tests.api.helpers import CONFIG, upload
 from tests.conftest import Server, free_port, running_server
@@ -102,11 +103,11 @@ def test_each_alert_fires(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A service in which all that is counted happens: it has room for one prefix, and none for a large one."""
-    budgets = {"PREFIX_DEVICE_BYTES": "1024", "PREFIX_RENDERING_BYTES": "1024"}
+    budgets = dict.fromkeys(("PREFIX_DEVICE_BYTES", "PREFIX_RENDERING_BYTES"), str(5 * LEAST // 2))
     with running_server(tmp_path_factory.mktemp("scraped") / "data", environment=budgets) as server:
         for name in ("a", "b"):
             assert upload(server.client(), "acme", name).status_code == 201
-        large = {"config": {**CONFIG, "num_virtual_tokens": 64}, "seed": 0}
+        large = {"config": {**CONFIG, "num_virtual_tokens": 256}, "seed": 0}
         assert server.client().post("/v1/tenants/acme/adapters/large/versions", json=large).status_code == 201
         yield server
 

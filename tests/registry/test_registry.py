@@ -15,7 +15,7 @@ from prefix_service.errors import CorruptBlob, InvalidInput, OutOfSpace, Overloa
 from prefix_service.prefix.kv import PrefixKV
 from prefix_service.prefix.wire.rendering import Rendering, render
 from prefix_service.registry.keys import RenderingKey, VersionKey
-from prefix_service.registry.registry import AdapterRegistry, choose_device
+from prefix_service.registry.registry import LEAST, AdapterRegistry, choose_device
 
 CPU = torch.device("cpu")
 SIZE = 2 * 3 * 4 * 4  # bytes of a prefix of one layer, one head, three tokens of size 4
@@ -75,7 +75,8 @@ def held() -> Loader:
 def registry_of(
     device_bytes: int = 4 * SIZE, rendering_bytes: int = 4 * SIZE, device: torch.device = CPU, patience: float = 0
 ) -> AdapterRegistry:
-    return AdapterRegistry(device, device_bytes, rendering_bytes, patience)
+    """Returns a registry in which a few bytes count for no more than they are."""
+    return AdapterRegistry(device, device_bytes, rendering_bytes, patience, least=0)
 
 
 def used(registry: AdapterRegistry) -> tuple[int, int]:
@@ -589,6 +590,21 @@ async def test_a_rendering_of_some_layers_does_not_hold_the_others() -> None:
     async with registry_of(9 * SIZE).rendering(key, SIZE, 2 * SIZE, lambda: PrefixKV.whole(tensor)) as rendering:
         assert torch.equal(rendering.values, tensor[1:2])
         assert rendering.values.untyped_storage().nbytes() == rendering.nbytes
+
+
+async def test_small_renderings_count_for_what_their_objects_take() -> None:
+    """A budget bounds how many there are, however few bytes each of them has."""
+    tensor = torch.zeros(64, 2, 1, 1, 1)
+    registry = AdapterRegistry(CPU, 8 * LEAST, 8 * LEAST)
+    for layer in range(64):
+        key = RenderingKey(version(), "float32", (layer, layer + 1), (0, 1))
+        async with registry.rendering(key, 8, tensor.nbytes, lambda: PrefixKV.whole(tensor)):
+            pass
+    await registry.prefix(version(2), 8, lambda: PrefixKV.whole(tensor))
+    device, host = registry.tiers()
+    assert (device.entries, device.used) == (2, 2 * LEAST)
+    assert 0 < host.entries <= 8
+    assert host.used == host.entries * LEAST
 
 
 async def test_many_versions_at_once_stay_within_the_budget() -> None:

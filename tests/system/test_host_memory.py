@@ -2,10 +2,12 @@
 
 import mmap
 import resource
+import subprocess
+import sys
 
 import pytest
 
-from prefix_service.system.host_memory import host_memory
+from prefix_service.system.host_memory import host_memory, return_freed_memory
 
 
 @pytest.mark.parametrize("nbytes", [0, 1, (32 << 20) - 1, 32 << 20, (33 << 20) + 3])
@@ -38,3 +40,24 @@ def test_no_memory_left() -> None:
             host_memory(1 << 46)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+def test_freed_memory_returns_to_the_system() -> None:
+    """A process has no more memory after it used and freed 8 MiB twice; without the call glibc keeps the second."""
+    script = f"""
+from pathlib import Path
+from {return_freed_memory.__module__} import return_freed_memory
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * {resource.getpagesize()}
+
+return_freed_memory()
+before = resident()
+for _ in range(2):
+    block = bytearray(b"x") * (8 << 20)
+    del block
+print(resident() - before)
+"""
+    grown = int(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout)
+    assert grown < 4 << 20

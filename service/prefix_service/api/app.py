@@ -25,6 +25,7 @@ from prefix_service.api.middleware.rates import RateLimits
 from prefix_service.api.middleware.request_log import RequestMiddleware
 from prefix_service.api.middleware.revisions import RevisionMiddleware
 from prefix_service.api.middleware.strict_paths import StrictPathMiddleware
+from prefix_service.api.middleware.traces import TraceMiddleware, exported
 from prefix_service.api.middleware.usage_counts import UsageCounts
 from prefix_service.api.open_inference import extensions as inference_v2_extensions
 from prefix_service.api.open_inference import routes as inference_v2
@@ -83,16 +84,17 @@ _DESCRIPTION = (
 class App(FastAPI):
     """Runs our own middleware in front of FastAPI, so that a cached answer never enters FastAPI's stack."""
 
-    def open(self, state: State) -> None:
+    def open(self, state: State, *, traced: bool = False) -> None:
         """Serve with these collaborators from now on."""
         self.state.prefix_service = state
         behind: ASGIApp = ChargingMiddleware(super().__call__, state.answers, state.rates)
         behind = RevisionMiddleware(behind, state.following, state.revisions)
         behind = InFlightMiddleware(behind, state.admission)
         behind = AuthenticationMiddleware(behind, state.authenticator)
-        self._front = RequestMiddleware(
+        front: ASGIApp = RequestMiddleware(
             behind, state.metrics, state.usage_counts, state.live, state.following.catalog_id
         )
+        self._front = TraceMiddleware(front) if traced else front
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await (self._front if scope["type"] == "http" else super().__call__)(scope, receive, send)
@@ -115,9 +117,9 @@ def create_app(settings: Settings, metrics: Metrics | None = None) -> App:
     async def lifespan(app: App) -> AsyncIterator[None]:
         database = Database(catalog_place(settings), PROMPT, read_only=settings.read_only)
         try:
-            with _shared_files(settings) as shared_files:
+            with exported() as traced, _shared_files(settings) as shared_files:
                 state, feed = _compose(settings, database, metrics, shared_files)
-                app.open(state)
+                app.open(state, traced=traced)
                 with feed.followed(), state.known_keys.running():
                     async with (
                         metrics.sampled(),
@@ -139,6 +141,8 @@ def create_app(settings: Settings, metrics: Metrics | None = None) -> App:
         generate_unique_id_function=operation_id,
         responses={"default": {"model": Problem, "description": "application/problem+json (RFC 9457)"}},
         dependencies=[Depends(require_known_parameters)],
+        # FastAPI's own spans would have paths and queries, and a cached answer would have none: see `TraceMiddleware`.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     problems.install(app)
     app.include_router(prefixes.router)

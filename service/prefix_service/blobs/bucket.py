@@ -18,6 +18,7 @@ from obstore.store import S3Store
 
 from prefix_service.blobs.refusals import Refusal, refusal_of, translated_refusal
 from prefix_service.errors import InvalidInput, PrefixServiceError, Unavailable
+from prefix_service.system.spans import carried, span
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta
@@ -122,7 +123,7 @@ class Bucket:
             coming: deque[Future[memoryview]] = deque()
             try:
                 for start in range(RANGE, found.size, RANGE):
-                    coming.append(threads.submit(self._next, found, start))
+                    coming.append(threads.submit(carried(partial(self._next, found, start))))
                     if len(coming) == _AHEAD:
                         yield coming.popleft().result()
                 while coming:
@@ -225,7 +226,8 @@ class Bucket:
         away = self._away
         if away is not None and time.monotonic() < self._away_until:
             raise self._translated(away, action)
-        result = self._result(call)
+        with span("ask the bucket", {"prefix.action": action, "server.address": self.host}):
+            result = self._result(call)
         if not isinstance(result, Refusal) or expected(result):
             self._away = None
             return result

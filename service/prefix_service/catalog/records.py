@@ -134,7 +134,8 @@ class Version(NewVersion):
     @property
     def memory(self) -> int:
         """An estimate of the bytes of memory that this object takes, `prefix_config` included."""
-        return 6144 + sys.getsizeof(self.manifest)
+        # The name of the base model is kept a second time in `prefix_config`; only these two may be long.
+        return 3072 + sys.getsizeof(self.manifest) + 2 * sys.getsizeof(self.base_model)
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +211,17 @@ class AuditEntry:
     target: str
     details: dict[str, Any]
     key_name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AuditFilter:
+    """Which changes are wanted: those of an action, and those with a text, in capitals or not, in their target, tenant
+    or actor, or in their key's id or name. With `hides_platform` the ids and names of the platform's keys do not
+    count: the caller sees none of them."""
+
+    action: str | None = None
+    search: str | None = None
+    hides_platform: bool = False
 
 
 Dimension = Literal["adapter", "version", "key"]

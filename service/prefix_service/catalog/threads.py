@@ -12,6 +12,7 @@ import anyio
 from anyio.lowlevel import RunVar
 
 from prefix_service.errors import Overloaded, StorageFailed
+from prefix_service.system.spans import span
 from prefix_service.system.turns import ASKING, Turns
 
 T = TypeVar("T")
@@ -46,7 +47,7 @@ async def read_catalog(call: Callable[..., T], *arguments: object) -> T:
         return _twice(call, *arguments)
 
     try:
-        with anyio.fail_after(DEADLINE):
+        with span("read the catalog"), anyio.fail_after(DEADLINE):
             return await turns.run(tenant, begin, abandons=True)
     except TimeoutError as error:
         if turns.completed > completed and not begun.is_set():
@@ -65,7 +66,9 @@ async def write_catalog(call: Callable[..., T], *arguments: object) -> T:
     Raises:
         StorageFailed: as `Database.writing`, or what the call raises.
     """
-    return await _turns(_writers, _WRITES, _WRITES_OF_TENANT).run(ASKING.get(), partial(_twice, call, *arguments))
+    turns = _turns(_writers, _WRITES, _WRITES_OF_TENANT)
+    with span("write the catalog"):
+        return await turns.run(ASKING.get(), partial(_twice, call, *arguments))
 
 
 def _twice(call: Callable[..., T], *arguments: object) -> T:

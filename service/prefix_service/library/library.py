@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from functools import partial
 from typing import BinaryIO
 
@@ -19,6 +19,7 @@ from prefix_service.library.plan import (
     MixedVersions,
     Plan,
     PrefixRequest,
+    make_file,
     make_mixed_plan,
     make_plan,
     require_few_rows,
@@ -28,6 +29,7 @@ from prefix_service.prefix.kv import PrefixKV
 from prefix_service.prefix.references import Reference
 from prefix_service.prefix.wire.digests import Algorithm
 from prefix_service.prefix.wire.masks import InputMask
+from prefix_service.prefix.wire.prefix_file import Slot
 from prefix_service.prefix.wire.rendering import Rendering
 from prefix_service.registry.admission import Admission
 from prefix_service.registry.keys import RenderingKey, VersionKey
@@ -90,6 +92,14 @@ class Library:
             InvalidRequest: an option is out of bounds, or contradicts the mask.
         """
         return make_plan(version, request, mask, self._limits)
+
+    def tensors(self, version: Version, request: PrefixRequest, mask: InputMask) -> Mapping[str, Slot]:
+        """Returns the tensors of an answer by name, without a plan, with which it takes three times as long. Blocking.
+
+        Raises:
+            InvalidRequest: an option is out of bounds, or contradicts the mask.
+        """
+        return make_file(version, request, mask, self._limits).tensors
 
     def plan_mixed(self, rows: MixedVersions, request: MixedRequest, mask: InputMask | None) -> MixedPlan:
         """Everything of an answer for many adapters but its tensors. Blocking.

@@ -14,6 +14,7 @@ from prefix_service.catalog.records import (
     AdapterOrder,
     AdapterPlace,
     AuditEntry,
+    AuditFilter,
     Dimension,
     Key,
     Tenant,
@@ -133,15 +134,16 @@ class Pages:
 
         return await self._page(tenant, load, lambda key: (key.created, key.id), page)
 
-    async def audit(self, tenant: str | None, page: WantedPage[AuditEntry, int]) -> Page[int]:
-        """Returns changes of a tenant's resources, or all changes, newest first. The place of a change is its id.
+    async def audit(self, tenant: str | None, page: WantedPage[AuditEntry, int], *, wanted: AuditFilter) -> Page[int]:
+        """Returns the changes of a tenant's resources, or of all, that are `wanted`, newest first. The place of a
+        change is its id.
 
         Raises:
             NotFound: there is no such tenant.
         """
 
         def load(after: int | None, limit: int) -> list[AuditEntry]:
-            return self._audit.listed(tenant, before=after, limit=limit)
+            return self._audit.listed(tenant, before=after, limit=limit, wanted=wanted)
 
         return await self._page(tenant, load, lambda entry: entry.id, page)
 

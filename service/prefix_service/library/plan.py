@@ -118,6 +118,18 @@ def make_plan(version: Version, request: PrefixRequest, mask: InputMask | None, 
     Raises:
         InvalidRequest: an option is out of bounds, or contradicts the mask.
     """
+    file = make_file(version, request, mask, limits)
+    file.plan()  # here, and not on the event loop
+    return Plan(version, file, _entity_tag(version, file))
+
+
+def make_file(version: Version, request: PrefixRequest, mask: InputMask | None, limits: Limits) -> PrefixFile:
+    """Checks a request against a version, and returns the file of its answer, of which nothing is computed yet; `mask`
+    is the input's.
+
+    Raises:
+        InvalidRequest: an option is out of bounds, or contradicts the mask.
+    """
     config = version.prefix_config
     identity = _identity(version, config)
     variant = Variant(
@@ -135,9 +147,7 @@ def make_plan(version: Version, request: PrefixRequest, mask: InputMask | None, 
         request.mask_dtype,
         is_encoder_decoder=_is_encoder_decoder(config),
     )
-    file = PrefixFile(identity, variant, extras)
-    file.plan()  # here, and not on the event loop
-    return Plan(version, file, _entity_tag(version, file))
+    return PrefixFile(identity, variant, extras)
 
 
 def _entity_tag(version: Version, file: PrefixFile) -> str:

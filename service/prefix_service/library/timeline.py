@@ -1,14 +1,16 @@
 """The timeline of a version: what the audit and the usage know of it, in order."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Final, Literal
+from typing import Final, Literal, TypeVar
 
 from prefix_service.catalog.audit import AuditLog
 from prefix_service.catalog.records import AuditEntry, Version, VersionName
 from prefix_service.catalog.usage import UsageStore
 from prefix_service.registry.admission import Admission
+
+T = TypeVar("T")
 
 EventKind = Literal[
     "published", "encoded", "loaded", "unloaded", "alias-moved-here", "alias-moved-away", "first-read", "last-read"
@@ -41,23 +43,23 @@ class Timelines:
     def __init__(self, audit: AuditLog, usage: UsageStore, admission: Admission) -> None:
         self._audit, self._usage, self._admission = audit, usage, admission
 
-    async def of(self, version: Version) -> list[Event]:
-        """Returns what happened to a version, oldest first: its latest 500 changes, and its first and last read of the
-        last 90 days. Reads come behind the changes of their hour.
+    async def of(self, version: Version, write: Callable[[list[Event]], T]) -> T:
+        """Returns what `write` makes, in a thread, of what happened to a version, oldest first: its latest 500 changes,
+        and its first and last read of the last 90 days. Reads come behind the changes of their hour.
 
         Raises:
             StorageFailed: the catalog refuses.
         """
         name = VersionName(version.tenant, version.adapter, version.number, version.digest)
 
-        def read() -> list[Event]:
+        def read() -> T:
             changes = [*_changes(name, reversed(self._audit.of_version(name, _MOST)))]
             if not any(event.kind == "published" for event in changes):
                 changes.insert(0, Event(version.created, "published"))
             if (hours := self._usage.read_hours(name)) is not None:
                 first, last = hours
                 changes += [Event(first, "first-read"), Event(last, "last-read")]
-            return sorted(changes, key=_order)
+            return write(sorted(changes, key=_order))
 
         return await self._admission.run(version.tenant, read)
 

@@ -14,6 +14,7 @@ from typing import Final, Literal, TypeVar, cast, get_args
 
 from prefix_service.errors import OutOfSpace, Overloaded, PrefixServiceError
 from prefix_service.registry.work_budget import Job, WorkBudget
+from prefix_service.system.spans import span
 from prefix_service.system.turns import Turns, in_thread
 
 T = TypeVar("T")
@@ -220,8 +221,9 @@ class Admission:
     async def _wait(self, job: Job) -> None:
         self._admitted[job] = admitted = asyncio.Event()
         try:
-            async with asyncio.timeout(self._patience):
-                await admitted.wait()
+            with span("wait for memory", {"prefix.bytes": job.nbytes}):
+                async with asyncio.timeout(self._patience):
+                    await admitted.wait()
         except TimeoutError as error:
             if job.is_admitted:
                 return

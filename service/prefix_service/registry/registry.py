@@ -26,6 +26,10 @@ T = TypeVar("T")
 PATIENCE: Final = 2.0
 """Seconds that a request waits for room before it is refused."""
 
+LEAST: Final = 16 << 10
+"""Bytes that an entry counts for at least. Its Python objects take 3 KB beside its values, and a small prefix can have
+as many renderings as there are ranges of its layers and heads."""
+
 _LOADS: Final = 8  # threads: one disk reads no faster with more, and a few that hang leave others free
 _DEVICE: Final = re.compile(r"cpu|cuda(?::([0-9]{1,3}))?")
 
@@ -38,13 +42,19 @@ class AdapterRegistry:
 
     If an allocation fails although the budget has room, everything evictable is evicted and the allocation is retried
     once. A prefix that still does not fit on the device stays in host memory; its bytes still count against the device
-    budget.
+    budget. Each entry counts for at least `least` bytes.
     """
 
     def __init__(
-        self, device: torch.device, device_bytes: int, rendering_bytes: int, patience: float = PATIENCE
+        self,
+        device: torch.device,
+        device_bytes: int,
+        rendering_bytes: int,
+        patience: float = PATIENCE,
+        least: int = LEAST,
     ) -> None:
         self.device = device
+        self._least = least
         self.host_memory = memory_for(device)  # allocator of memory from which a copy to the device is fastest
         self._prefixes: Tier[VersionKey, PrefixKV] = Tier(
             "device", str(device), device_bytes, patience, lambda key: key.whole
@@ -63,7 +73,7 @@ class AdapterRegistry:
             Unavailable: everything else is in use, pinned, or guaranteed to other tenants.
             PrefixServiceError: the error of `load`, now or within the last seconds.
         """
-        return await self._prefixes.get(key, key.tenant, nbytes, self._on_device(key, load))
+        return await self._prefixes.get(key, key.tenant, max(nbytes, self._least), self._on_device(key, load))
 
     def rendering(
         self,
@@ -87,10 +97,11 @@ class AdapterRegistry:
 
         async def rendered() -> Rendering:
             bring = self._on_device(version, load)
-            async with self._prefixes.lease(version, version.tenant, prefix_nbytes, bring) as kv:
+            charged = max(prefix_nbytes, self._least)
+            async with self._prefixes.lease(version, version.tenant, charged, bring) as kv:
                 return await self._run(version, lambda: _render(kv, key, share))
 
-        return self._renderings.lease(key, version.tenant, nbytes, rendered)
+        return self._renderings.lease(key, version.tenant, max(nbytes, self._least), rendered)
 
     def _on_device(self, key: VersionKey, load: Callable[[], PrefixKV]) -> Callable[[], Awaitable[PrefixKV]]:
         async def bring() -> PrefixKV:

@@ -14,6 +14,7 @@ from prefix_service.registry.keys import VersionKey
 from prefix_service.registry.report import TierName, TierReport
 from prefix_service.registry.snapshot import TierSnapshot
 from prefix_service.registry.waiting_room import WaitingRoom
+from prefix_service.system.spans import span
 
 
 class Sized(Protocol):
@@ -183,7 +184,8 @@ class Tier(Generic[K, V]):
     async def _load(self, key: K, reservation: Entry[K], load: Callable[[], Awaitable[V]]) -> V:
         began = time.monotonic()
         try:
-            value = await load()
+            with span(f"load into {self._name} memory", {"prefix.bytes": reservation.nbytes}):
+                value = await load()
         except BaseException as error:
             self._failed += 1
             if self.residency.holds(key, reservation):

@@ -1,10 +1,23 @@
-"""Allocates host memory for bytes that are read in one go; large memory is not cleared first."""
+"""Allocates host memory for bytes that are read in one go, and returns what is freed to the system."""
 
 import contextlib
+import ctypes
 import mmap
 from typing import Final
 
 _LARGE: Final = 32 << 20  # from this size on, malloc never reuses memory
+_RETURNED: Final = 2 << 20
+_M_MMAP_THRESHOLD: Final = -3  # mallopt(3)
+
+
+def return_freed_memory() -> None:
+    """Lets blocks of 2 MiB or more return to the system as soon as they are freed.
+
+    glibc otherwise keeps blocks of up to 32 MiB, once one of that size was freed, for each thread apart: several
+    hundred MiB that no budget counts. With another C library this does nothing.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _RETURNED)
 
 
 def host_memory(nbytes: int) -> memoryview:

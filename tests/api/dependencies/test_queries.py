@@ -40,4 +40,4 @@ def test_probes_may_add_what_they_like(admin: httpx.Client, path: str) -> None:
 def test_the_refusal_says_what_the_route_takes(admin: httpx.Client) -> None:
     """The refusal of an unknown parameter names those that the route takes."""
     detail = problem(admin.get("/v1/audit?limits=3"), 422, "invalid-request")["detail"]
-    assert detail == "'limits' is no query parameter of this route: it takes cursor, limit"
+    assert detail == "'limits' is no query parameter of this route: it takes action, cursor, limit, search"

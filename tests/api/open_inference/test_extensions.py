@@ -9,10 +9,12 @@ import httpx
 import numpy as np
 import pytest
 import tritonclient.http as triton
+from pydantic import BaseModel
 from tritonclient.utils import InferenceServerException
 
 from prefix_service.api.app import create_app
 from prefix_service.api.metrics.inference_statistics import VERSIONS_PER_TENANT, InferenceStatistics
+from prefix_service.api.open_inference.schemas import ModelConfig, ModelMetadata
 from prefix_service.catalog.records import COMMAND_LINE, Version
 from prefix_service.data_folder.opening import keys_of, opened
 from prefix_service.settings import Settings
@@ -95,6 +97,16 @@ def test_the_configuration_is_the_metadata(worker: Keyed, model: str) -> None:
         assert found == [(one["name"], f"TYPE_{one['datatype']}", one["shape"]) for one in described]
     assert all(tensor["optional"] is True for tensor in config["input"])
     assert worker.get_model_config(model, "1") == config
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_metadata_and_configuration_are_the_documented_models(client: httpx.Client, model: str) -> None:
+    """The JSON, which is written without pydantic, has every member of the documented model and no other."""
+    documented: dict[str, type[BaseModel]] = {"": ModelMetadata, "/config": ModelConfig}
+    for path, schema in documented.items():
+        answer = client.get(f"/v2/models/{model}{path}")
+        assert answer.headers["content-type"] == "application/json"
+        assert schema.model_validate_json(answer.content, strict=True).model_dump(mode="json") == answer.json()
 
 
 def test_the_configuration_has_the_stored_dtype(worker: Keyed) -> None:

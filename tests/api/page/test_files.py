@@ -64,6 +64,18 @@ def test_every_error_has_words() -> None:
     assert set(words) == codes | {"method-not-allowed", "aborted"}
 
 
+def test_every_action_of_the_audit_is_offered() -> None:
+    """The view's filter has each action that the service records."""
+    folders = (PAGE_FOLDER.parents[1] / wing for wing in ("catalog", "library"))
+    sources = "".join(file.read_text() for folder in folders for file in folder.glob("*.py"))
+    recorded = set(re.findall(r'"((?:adapter|alias|key|residency|tenant|version)\.[a-z]+)"', sources))
+    routes = (PAGE_FOLDER.parent / "routes" / "descriptions.py").read_text()
+    recorded |= {f"{what}.changed" for what in re.findall(r'\(tenant, ref\), "([a-z-]+)"', routes)}
+    listed = (PAGE_FOLDER / "views" / "audit.js").read_text().partition("];")[0]
+    assert set(re.findall(r'"([a-z-]+\.[a-z]+)"', listed)) == recorded
+    assert len(recorded) > 10
+
+
 def test_they_are_served_under_the_strict_policy(server: Server) -> None:
     """Every file, as it is in the package; compressed for a browser, with an entity tag."""
     with httpx.Client(base_url=server.url) as client:

@@ -248,16 +248,17 @@ def test_alias_with_preload(client: httpx.Client, alias: str) -> None:
     assert client.get(residency).json()["resident"] is True
 
 
-def test_residency(client: httpx.Client) -> None:
+def test_residency(server: Server, client: httpx.Client) -> None:
     """The service loads and waits, pins, reports and unloads; the prefix is served all the same."""
     upload(client, TENANT, "resident")
     path = f"{ADAPTERS}/resident/residency"
-    assert client.get(path).json() == {"resident": False, "pinned": False, "device": "cpu"}
-    assert client.put(path).json() == {"resident": True, "pinned": False, "device": "cpu"}
+    away = {"resident": False, "pinned": False, "device": "cpu", "process": server.process.pid, "processes": 1}
+    assert client.get(path).json() == away
+    assert client.put(path).json() == {**away, "resident": True}
     assert client.put(path, json={"pinned": True}).json()["pinned"] is True
     assert client.get(f"{ADAPTERS}/resident").json()["residency"]["pinned"] is True
     assert client.delete(path).status_code == 204
-    assert client.get(path).json() == {"resident": False, "pinned": False, "device": "cpu"}
+    assert client.get(path).json() == away
     assert client.get(f"{ADAPTERS}/resident/prefix").status_code == 200
     assert client.get(path).json()["resident"] is True
 

@@ -117,18 +117,67 @@ def test_the_platforms_own_changes(server: Server, admin: httpx.Client) -> None:
     assert last[1]["key_id"] == "command-line"
 
 
-def test_a_tenant_sees_no_id_of_a_platforms_key(
+def test_a_tenant_sees_no_id_and_no_name_of_a_platforms_key(
     server: Server, admin: httpx.Client, own: tuple[str, httpx.Client]
 ) -> None:
-    """Nor one that the audit has no name for; the platform sees them, and both see what was done without a key."""
+    """The platform sees them. A search finds by an id or a name only who may see it."""
     platform_id = admin.get("/v1/whoami").json()["id"]
     admin.put(f"/v1/tenants/{TENANT}", json={"max_adapters": 5})
     seen, known = entries(own[1]), entries(admin, f"/v1/tenants/{TENANT}/audit")
     assert platform_id not in str(seen)
     ids = {entry["key_id"] for entry in seen if entry["actor"] == "platform"}
     assert ids == {"platform"}
-    assert {entry["key_name"] for entry in seen if entry["actor"] == "platform"} == {"bootstrap"}
-    assert platform_id in {entry["key_id"] for entry in known}
+    assert {entry["key_name"] for entry in seen if entry["actor"] == "platform"} == {None}
+    assert (platform_id, "bootstrap") in {(entry["key_id"], entry["key_name"]) for entry in known}
+    for text in (platform_id, "bootstrap"):
+        assert found(own[1], search=text) == []
+        assert len(found(admin, search=text)) > 0
+    assert [entry["id"] for entry in found(own[1], search="PLATFORM")] == [
+        entry["id"] for entry in seen[::-1] if entry["actor"] == "platform"
+    ]
+
+
+def found(client: httpx.Client, **parameters: str) -> list[Entry]:
+    """Returns the tenant's entries that match, newest first, with pages of two."""
+    path, matching = f"/v1/tenants/{TENANT}/audit", list[Entry]()
+    answer = client.get(path, params={"limit": 2, **parameters})
+    while True:
+        matching += answer.json()["items"]
+        if not (following := answer.headers.get("link", "").partition(">")[0].removeprefix("<")):
+            return matching
+        answer = client.get(following)
+
+
+def test_it_is_filtered(server: Server, admin: httpx.Client, own: tuple[str, httpx.Client]) -> None:
+    """By an action, and by a text in target, tenant, actor, key id or key name, over all pages."""
+    key_id, client = own
+    base = f"/v1/tenants/{TENANT}/adapters/filtered"
+    for seed, name in enumerate(("of_it", "of%it")):
+        made = client.post(f"/v1/tenants/{TENANT}/keys", json={"scope": "write", "name": name}).json()
+        upload(server.client(made["key"]), TENANT, "filtered", file=weights(seed))
+        client.put(f"{base}/aliases/prod", json={"version": 1})
+        client.delete(f"{base}/aliases/prod")
+        matching = [(entry["target"], entry["key_id"]) for entry in found(client, search=name.upper())]
+        assert matching == [(f"{TENANT}/filtered@{seed + 1}", made["id"])]
+        assert found(client, search=made["id"], action="key.created")[0]["target"] == made["id"]
+    everything = entries(client)[::-1]
+    for action in ("alias.moved", "key.created", "version.published"):
+        wanted = [entry for entry in everything if entry["action"] == action]
+        assert len(wanted) > 1
+        assert found(client, action=action) == wanted
+    targets = [entry["target"] for entry in found(client, search="FILTERED@", action="alias.deleted")]
+    assert targets == [f"{TENANT}/filtered@prod"] * 2
+    by_id = [entry for entry in everything if key_id in (entry["key_id"], entry["target"])]
+    assert found(client, search=key_id) == by_id
+    assert found(client, search="OPS") == [entry for entry in everything if entry["key_name"] == "ops"]
+    assert found(client, action="alias") == []
+    assert found(admin, search=TENANT) == entries(admin)[::-1]
+
+
+@pytest.mark.parametrize("name", ["action", "search"])
+def test_long_filters(own: tuple[str, httpx.Client], name: str) -> None:
+    """A filter of more than 64 characters is a 422."""
+    problem(own[1].get(f"/v1/tenants/{TENANT}/audit", params={name: "x" * 65}), 422, "invalid-request")
 
 
 def test_it_holds_no_secret(server: Server, own: tuple[str, httpx.Client]) -> None:

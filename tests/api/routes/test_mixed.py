@@ -233,6 +233,7 @@ def test_encoder_decoder_rows_have_no_positions(client: httpx.Client) -> None:
         ({"rows": ["mixa/three"], "expand": False}, "expand=false is for one adapter"),
         ({"rows": ["mixa/three"], "batch_size": 2}, "batch_size is 2, and there are 1 rows"),
         ({"rows": ["mixa/three"] * 257}, "a batch has at most 256 rows, got 257"),
+        ({"rows": [7] * 257}, "a batch has at most 256 rows, got 257"),  # counted before pydantic reads them
         ({"rows": ["mixa/three"], "attention_mask": [[1], [1]]}, "attention_mask has 2 rows, and the batch has 1"),
         ({"rows": ["mixa/three"], "attention_mask": [[2]]}, "attention_mask row 0 holds 2"),
         ({"rows": ["mixa/three"], "layers": "1:3"}, "layers must be a range within 0:2, got 1:3"),

@@ -8,13 +8,16 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
+from safetensors.torch import save
 
 from prefix_service.data_folder.opening import catalog_file
-from tests.api.helpers import problem, upload, weights
+from tests.api.helpers import CONFIG, problem, upload
 from tests.conftest import Server
 
 TENANT = "remembered"
 ADAPTERS = f"/v1/tenants/{TENANT}/adapters"
+_TOKENS = 1024  # so that one head of one layer takes more than the least that an entry counts for
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +25,9 @@ def admin(server: Server) -> Iterator[httpx.Client]:
     """Three versions of an adapter, two of which were published eight days ago."""
     client = server.client()
     for seed in range(3):
-        assert upload(client, TENANT, "a", file=weights(seed)).status_code == 201
+        flat = torch.randn(_TOKENS, 32, generator=torch.Generator().manual_seed(seed))
+        config = {**CONFIG, "num_virtual_tokens": _TOKENS}
+        assert upload(client, TENANT, "a", config, save({"prompt_embeddings": flat})).status_code == 201
     with closing(sqlite3.connect(catalog_file(server.data_dir))) as catalog, catalog:
         old = f"{datetime.now(UTC) - timedelta(days=8):%Y-%m-%d %H:%M:%S}"
         of_tenant = "SELECT a.id FROM adapters a JOIN tenants t ON t.id = a.tenant_id WHERE t.name = ?"
@@ -46,7 +51,7 @@ def test_renderings_are_named(admin: httpx.Client) -> None:
     (row,) = resident(admin)
     names = ("dtype", "layers", "kv_heads", "nbytes")
     found = [tuple(one[name] for name in names) for one in row["largest_renderings"]]
-    whole = 2 * 2 * 2 * 4 * 3  # numbers
+    whole = 2 * 2 * 2 * 4 * _TOKENS  # numbers
     stored = row["device_bytes"] // whole
     assert found[0] == ("float32", "0:2", "0:2", 4 * whole)
     assert found[-1][1:] == ("1:2", "0:1", whole // 4 * stored)
@@ -79,7 +84,7 @@ def test_pinned_versions_that_nobody_reads(server: Server, admin: httpx.Client) 
     (found,) = advice()
     nbytes = found["versions"][0]["nbytes"]
     assert found["text"] == (
-        f"2 pinned versions unread for 7 days hold {2 * nbytes} B on the device: unpin what is not needed."
+        f"2 pinned versions unread for 7 days hold {2 * nbytes >> 10}.0 KiB on the device: unpin what is not needed."
     )
     assert (found["tier"], found["nbytes"]) == ("device", 2 * nbytes)
     assert found["versions"] == [

@@ -64,6 +64,6 @@ def test_it_is_for_admins(server: Server, admin: httpx.Client) -> None:
     problem(server.client(made["write"]).get(f"{ADAPTER}@1/timeline"), 403, "forbidden")
     own = server.client(made["admin"])
     changes = [one["change"] for one in own.get(f"{ADAPTER}@1/timeline").json()["items"] if one["change"]]
-    assert {one["key_id"] for one in changes} == {"platform"}
+    assert {(one["key_id"], one["key_name"]) for one in changes} == {("platform", None)}
     problem(own.get("/v1/tenants/others/adapters/a@1/timeline"), 404, "not-found")
     problem(own.get(f"{ADAPTER}@9/timeline"), 404, "not-found")

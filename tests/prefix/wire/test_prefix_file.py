@@ -229,6 +229,24 @@ def test_a_large_batch_takes_no_memory() -> None:
     assert rendering.values.data_ptr() == kv.tensor.data_ptr()
 
 
+@pytest.mark.parametrize("layers", [1, 32, 1000])
+@pytest.mark.parametrize(("layout", "rows"), [("layers", 1), ("layers", 8), ("stacked", 1)])
+def test_a_plan_takes_the_memory_that_is_counted_for_it(layers: int, layout: Layout, rows: int) -> None:
+    """Plans are kept by the bytes that `planned_nbytes` estimates: they hold at most that, and not much less."""
+    identity = replace(IDENTITY, num_layers=layers)
+    asked_for = asked("bfloat16", rows, layout, layers=(0, layers))
+    file_of(asked_for, identity=identity).plan()  # what all plans share
+    tracemalloc.start()
+    try:
+        kept = [file_of(asked_for, identity=identity) for _ in range(20)]
+        for file in kept:
+            file.plan()
+        real = tracemalloc.get_traced_memory()[0] / len(kept)
+    finally:
+        tracemalloc.stop()
+    assert real <= kept[0].planned_nbytes <= real + 4096 + 0.2 * real
+
+
 def test_bytes_outlive_their_tensor() -> None:
     """A view keeps its memory alive, so a transfer can go on when its version is evicted."""
     view = bytes_of(torch.full((1000,), 7, dtype=torch.int64))

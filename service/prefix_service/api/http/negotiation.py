@@ -122,7 +122,8 @@ def is_expected(headers: Headers, etag: str) -> bool:
 
 def wanted_digest(headers: Headers) -> Algorithm | None:
     """Returns the algorithm that `Want-Repr-Digest` (RFC 9530) asks for, or None."""
-    return wanted_algorithm(_listed(headers, "want-repr-digest"))
+    wanted = _listed(headers, "want-repr-digest")
+    return wanted_algorithm(wanted) if wanted else None
 
 
 def requested_range(headers: Headers, etag: str, length: int) -> tuple[int, int] | None:

@@ -11,7 +11,7 @@ from prefix_service.library.library import Library
 from prefix_service.prefix.references import Reference
 from prefix_service.system.shares import Shares
 
-_MOST_BYTES: Final = 64 << 20
+_MOST_BYTES: Final = 128 << 20
 
 _Question = tuple[bytes, bytes, bytes]
 

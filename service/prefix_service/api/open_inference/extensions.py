@@ -26,14 +26,7 @@ from prefix_service.api.open_inference.models import (
     platform_of,
     resolved,
 )
-from prefix_service.api.open_inference.schemas import (
-    ConfiguredInput,
-    ConfiguredTensor,
-    ModelConfig,
-    ModelStatistics,
-    Statistics,
-    TensorMetadata,
-)
+from prefix_service.api.open_inference.schemas import ModelConfig, ModelStatistics, Statistics
 from prefix_service.api.state import State, StateOf
 from prefix_service.catalog.records import Version, VersionName
 from prefix_service.errors import NotFound
@@ -100,18 +93,21 @@ async def version_statistics(
     return Statistics(model_stats=[ModelStatistics.model_validate(_counted(state.inference_statistics, found))])
 
 
-def _configuration(library: Library, version: Version) -> ModelConfig:
-    return ModelConfig(
-        name=name_of(version),
-        platform=platform_of(version),
-        backend="prefix-service",
-        input=[ConfiguredInput(**_configured(tensor)) for tensor in inputs_of_every_model()],
-        output=[ConfiguredTensor(**_configured(tensor)) for tensor in outputs_of(library, version)],
-    )
+def _configuration(library: Library, version: Version) -> dict[str, Any]:
+    """Returns what `ModelConfig` describes."""
+    return {
+        "name": name_of(version),
+        "platform": platform_of(version),
+        "backend": "prefix-service",
+        "max_batch_size": 0,
+        "input": [{**_configured(tensor), "optional": True} for tensor in inputs_of_every_model()],
+        "output": [_configured(tensor) for tensor in outputs_of(library, version)],
+    }
 
 
-def _configured(tensor: TensorMetadata) -> dict[str, Any]:
-    return {"name": tensor.name, "data_type": f"TYPE_{tensor.datatype}", "dims": tensor.shape}
+def _configured(tensor: dict[str, Any]) -> dict[str, Any]:
+    """Returns what `ConfiguredTensor` describes."""
+    return {"name": tensor["name"], "data_type": f"TYPE_{tensor['datatype']}", "dims": tensor["shape"]}
 
 
 async def _counts(state: State, tenant: str | None, adapter: str | None = None) -> StreamingResponse:

@@ -219,14 +219,15 @@ async def _inferred(request: Request, state: State, version: Version) -> Tensors
 async def _metadata(state: State, version: Version) -> Response:
     numbers = await state.adapters.numbers(version.tenant, version.adapter, PAGE)
 
-    def make() -> ModelMetadata:
-        return ModelMetadata(
-            name=name_of(version),
-            versions=[str(number) for number in numbers],
-            platform=platform_of(version),
-            inputs=inputs_of_every_model(),
-            outputs=outputs_of(state.library, version),
-        )
+    def make() -> dict[str, Any]:
+        """Returns what `ModelMetadata` describes."""
+        return {
+            "name": name_of(version),
+            "versions": [str(number) for number in numbers],
+            "platform": platform_of(version),
+            "inputs": inputs_of_every_model(),
+            "outputs": outputs_of(state.library, version),
+        }
 
     return await json_in_turn(state.admission, version.tenant, make)
 

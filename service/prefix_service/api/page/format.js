@@ -19,6 +19,9 @@ export function number(value) {
   return value == null ? "–" : value.toLocaleString("en", { maximumFractionDigits: value < 10 ? 2 : 0 });
 }
 
+// A number of things: "1 adapter", "2 adapters".
+export const counted = (count, one, several = `${one}s`) => `${number(count)} ${count === 1 ? one : several}`;
+
 export function percent(part) {
   return part == null || Number.isNaN(part) ? "–" : `${(100 * part).toFixed(part < 0.1 || part > 0.99 ? 1 : 0)} %`;
 }
@@ -68,5 +71,8 @@ export function shortened(text, most = 80) {
   const shown = visible(String(text).slice(0, 4 * most));
   return shown.length > most ? `${shown.slice(0, most)}…` : shown;
 }
+
+// Who made a change of the audit.
+export const actorOf = (entry) => (entry.actor === "platform" ? "the platform" : entry.actor);
 
 export const shortDigest = (digest) => digest.slice(0, 19);

@@ -55,10 +55,26 @@ export function useLoaded(load, dependencies) {
   return [state.value, state.error, () => setRound((n) => n + 1)];
 }
 
+// For fields that are typed into: `soon(set)` handles an event, and sets the field's value once nothing more is typed.
+export function useSoon() {
+  const timers = useRef(new Map()); // of each field
+  return (set) => (event) => {
+    const { value } = event.target;
+    clearTimeout(timers.current.get(set));
+    timers.current.set(set, setTimeout(() => set(value.trim()), 250));
+  };
+}
+
 export function Title({ children, beside }) {
   const heading = useRef(null);
   useEffect(() => heading.current.focus({ preventScroll: true }), []);
   return html`<div class="bar"><h1 tabindex="-1" ref=${heading}>${children}</h1><div class="row">${beside}</div></div>`;
+}
+
+// Whose memory something says: that of the worker process that answered, which others do not share.
+export function whichProcess({ process, processes }) {
+  const others = processes > 1 ? ` The service has ${processes} worker processes: each has its own memory and pins.` : "";
+  return `of the worker process that answered, ${process}.${others}`;
 }
 
 export function Gauge({ used, most, show = number, what }) {

@@ -17,6 +17,7 @@ from prefix_service.api.middleware.auth import ReadableTenant, WritableTenant
 from prefix_service.api.routes.schemas import (
     AdapterItem,
     AdapterPage,
+    ResidencyState,
     VersionDetail,
     VersionPage,
     VersionSummary,
@@ -134,7 +135,7 @@ async def answer_version(
 ) -> Response:
     """Returns a version as JSON, written in a thread in its tenant's turn: a config of 60 KB takes milliseconds."""
     aliases = await state.adapters.aliases(version.tenant, version.adapter)
-    residency = state.residency.state(version)
+    residency = ResidencyState.of(state.residency.state(version), state.settings.workers)
 
     def write() -> Response:
         body = VersionDetail.about(version, aliases, residency).model_dump_json()

@@ -1,5 +1,6 @@
 """Residency: what is in memory, one version of it, and all at a glance."""
 
+import os
 import re
 from typing import Final
 
@@ -38,13 +39,16 @@ class ResidencyRequest(RequestModel):
 class Residency(BaseModel):
     """The memory of this process: its budgets, the tenants with the most bytes in each of them, the latest evictions,
     the newest first, and a page of the resident versions, the largest first. `next` is the cursor of the following
-    page, or null."""
+    page, or null. `process` is the worker process that answered; the service has so many `processes`, each with its own
+    memory and pins."""
 
     tiers: list[TierReport]
     tenants: list[ShareReport]
     evicted: list[EvictionReport]
     resident: list[ResidentReport]
     next: str | None
+    process: int
+    processes: int
 
 
 class AdviceList(BaseModel):
@@ -83,6 +87,8 @@ async def overview(_caller: PlatformReader, asked: AskedPage, state: StateOf) ->
             evicted=found.evicted,
             resident=found.resident,
             next=following,
+            process=os.getpid(),
+            processes=state.settings.workers,
         )
         return asked.respond(shown.model_dump_json().encode(), following)
 
@@ -100,7 +106,7 @@ async def advise(_caller: PlatformReader, state: StateOf) -> AdviceList:
 
 @router.put(_PATH, openapi_extra=json_body(ResidencyRequest, required=False))
 async def load(request: Request, tenant: WritableTenant, ref: RefPath, by: Actor, state: StateOf) -> ResidencyState:
-    """Load a version into memory now, and wait; `pinned` keeps it there."""
+    """Load a version into the memory of the answering process now, and wait; `pinned` keeps it there."""
     wanted = ResidencyRequest()
     if has_body(request.headers):
         require_media_type(request.headers, "application/json")
@@ -108,17 +114,17 @@ async def load(request: Request, tenant: WritableTenant, ref: RefPath, by: Actor
     await state.tenancy.require_authority(by)
     version = await state.library.resolve(tenant, parse_reference(ref))
     await state.residency.pin(version, by, pinned=wanted.pinned)
-    return ResidencyState.model_validate(state.residency.state(version))
+    return ResidencyState.of(state.residency.state(version), state.settings.workers)
 
 
 @router.get(_PATH)
 async def residency(tenant: ReadableTenant, ref: RefPath, state: StateOf) -> ResidencyState:
-    """Whether a version is in memory."""
+    """Whether a version is in the memory of the answering process."""
     version = await state.library.resolve(tenant, parse_reference(ref))
-    return ResidencyState.model_validate(state.residency.state(version))
+    return ResidencyState.of(state.residency.state(version), state.settings.workers)
 
 
 @router.delete(_PATH, status_code=204)
 async def unload(tenant: WritableTenant, ref: RefPath, by: Actor, state: StateOf) -> None:
-    """Take a version out of memory; the next request loads it again."""
+    """Take a version out of the memory of the answering process; the next request loads it again."""
     await state.residency.unload(await state.library.resolve(tenant, parse_reference(ref)), by)

@@ -1,6 +1,8 @@
 """The JSON of versions, adapters, tenants and problems, for routes and for the OpenAPI document. What one route alone
 sends or takes is beside it."""
 
+import os
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Annotated, Any
@@ -35,11 +37,19 @@ class VersionSize(BaseModel):
 
 
 class ResidencyState(BaseModel):
-    """Whether a version is in memory, and where."""
+    """Whether a version is in memory, and where: in the worker process that answered, `process`. The service has so
+    many `processes`, each with its own memory and pins."""
 
     resident: bool
     pinned: bool
     device: str
+    process: int
+    processes: int
+
+    @classmethod
+    def of(cls, found: Mapping[str, bool | str], processes: int) -> "ResidencyState":
+        """Returns what was found in this process, which is one of `processes`."""
+        return cls.model_validate({**found, "process": os.getpid(), "processes": processes})
 
 
 class VersionSummary(BaseModel):
@@ -77,8 +87,8 @@ class VersionDetail(VersionSummary):
     residency: ResidencyState
 
     @classmethod
-    def about(cls, version: Version, aliases: dict[str, int], residency: dict[str, bool | str]) -> "VersionDetail":
-        """Returns the detail of a version, with its adapter's aliases and its state in the registry."""
+    def about(cls, version: Version, aliases: dict[str, int], residency: ResidencyState) -> "VersionDetail":
+        """Returns the detail of a version, with its adapter's aliases and its state in memory."""
         config = version.prefix_config
         return cls(
             **_summary(version, aliases),
@@ -87,7 +97,7 @@ class VersionDetail(VersionSummary):
             total_virtual_tokens=config.total_virtual_tokens,
             prefix_embedding_dim=config.prefix_embedding_dim or 0,
             trainable_parameters=config.trainable_parameters or 0,
-            residency=ResidencyState.model_validate(residency),
+            residency=residency,
         )
 
 

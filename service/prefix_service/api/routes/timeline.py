@@ -1,6 +1,6 @@
 """The timeline of a version, readable by the tenant's admin: changes and reads together."""
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Response
 from pydantic import BaseModel
 
 from prefix_service.api.http.paths import RefPath
@@ -32,8 +32,8 @@ class Timeline(BaseModel):
     items: list[TimelineEvent]
 
 
-@router.get("/v1/tenants/{tenant}/adapters/{ref}/timeline")
-async def timeline(tenant: AdministeredTenant, caller: Caller, ref: RefPath, state: StateOf) -> Timeline:
+@router.get("/v1/tenants/{tenant}/adapters/{ref}/timeline", response_model=Timeline)
+async def timeline(tenant: AdministeredTenant, caller: Caller, ref: RefPath, state: StateOf) -> Response:
     """Return what happened to a version, from its publication to its last read. Reads are recorded within a minute."""
     version = await state.library.resolve(tenant, parse_reference(ref))
 
@@ -41,4 +41,7 @@ async def timeline(tenant: AdministeredTenant, caller: Caller, ref: RefPath, sta
         change = None if event.change is None else AuditItem.of(event.change, state.audit_ids, caller)
         return TimelineEvent(at=event.at, kind=event.kind, alias=event.alias, change=change)
 
-    return Timeline(items=[item(event) for event in await state.timelines.of(version)])
+    def write(events: list[Event]) -> Response:
+        return Response(Timeline(items=[*map(item, events)]).model_dump_json(), media_type="application/json")
+
+    return await state.timelines.of(version, write)

@@ -18,6 +18,7 @@ from prefix_service.api.server.connections import KEEP_ALIVE
 from prefix_service.api.server.protocols import connection_class
 from prefix_service.catalog.records import Principal
 from prefix_service.settings import Settings
+from prefix_service.system.host_memory import return_freed_memory
 
 GRACE: Final = 30
 """Seconds in which requests in progress can finish once the service is asked to end."""
@@ -61,6 +62,7 @@ class Server(uvicorn.Server):
             PrefixServiceError: the app cannot open.
         """
         sys.setswitchinterval(_SWITCH)
+        return_freed_memory()
         async with contextlib.AsyncExitStack() as stack:
             await stack.enter_async_context(self._app.router.lifespan_context(self._app))
             self._app.openapi()  # takes 0.2 s, which the first caller of the document would block the loop for

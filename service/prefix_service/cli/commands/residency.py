@@ -65,8 +65,7 @@ def load(
     if as_json:
         print_json(state)
         return
-    pinned = ", pinned" if state["pinned"] else ""
-    say(f"{reference} is in memory on {state['device']}{pinned}")
+    say(f"{reference} is in memory {where(state)}")
 
 
 @residency_app.command("unload")
@@ -75,6 +74,14 @@ def unload(reference: Ref, url: Url = DEFAULT_URL, api_key: ApiKey = None, as_js
     with connect(url, api_key) as client:
         client.unload(reference)
     report(f"unloaded {reference}", {"unloaded": reference}, as_json=as_json)
+
+
+def where(state: Mapping[str, Any]) -> str:
+    """Returns in words where a version is in memory: of one worker process alone, if the service has several."""
+    pinned = ", pinned" if state["pinned"] else ""
+    processes = state.get("processes", 1)  # services of earlier releases do not say
+    process = f" in worker process {state['process']}, one of {processes}" if processes > 1 else ""
+    return f"on {state['device']}{process}{pinned}"
 
 
 def _tier(tier: Mapping[str, Any]) -> list[object]:

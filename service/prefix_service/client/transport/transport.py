@@ -14,11 +14,13 @@ from prefix_service.client.transport.fetcher import Fetcher
 from prefix_service.client.transport.foreign import AsyncForeign, Foreign
 from prefix_service.client.transport.pool import Interrupt
 from prefix_service.client.transport.retries import Attempts, named
+from prefix_service.client.transport.tracing import traced
 from prefix_service.errors import (
     InvalidRequest,
     PrefixServiceError,
 )
 from prefix_service.system.forks import renew_in_child
+from prefix_service.system.spans import carried
 
 _MOST_THREADS: Final = 32
 
@@ -105,6 +107,10 @@ class Transport:
                 time.sleep(attempts.pause_after(named(error, step)))
 
     def _once(self, request: Request, until: float) -> Any:
+        with traced(request) as sent:
+            return self._send(sent, until)
+
+    def _send(self, request: Request, until: float) -> Any:
         if isinstance(self._way, Fetcher):
             return self._way.carry_out(request, until, Interrupt())
         answer = require_success(self._way.send(request, until))
@@ -121,8 +127,9 @@ class Transport:
             except PrefixServiceError as error:
                 return error
 
+        calls = [carried(partial(finish, begun)) for begun in waiting.values()]
         with ThreadPoolExecutor(min(step.at_once, len(waiting)), "prefix-rows") as threads:
-            for index, result in zip(waiting, threads.map(finish, waiting.values()), strict=True):
+            for index, result in zip(waiting, threads.map(lambda call: call(), calls), strict=True):
                 results[index] = result
         return results
 
@@ -187,6 +194,10 @@ class AsyncTransport:
                 await asyncio.sleep(attempts.pause_after(named(error, step)))
 
     async def _once(self, request: Request, until: float) -> Any:
+        with traced(request) as sent:
+            return await self._send(sent, until)
+
+    async def _send(self, request: Request, until: float) -> Any:
         if isinstance(self._way, AsyncForeign):
             answer = require_success(await self._way.send(request, until))
             return await self._in_thread(partial(request.read, answer)) if isinstance(request, Fetch) else answer

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import repeat
 from math import prod
-from typing import Any, Final, Literal, NamedTuple, get_args
+from typing import Any, Final, Literal, NamedTuple, cast, get_args
 
 import torch
 
@@ -22,6 +22,7 @@ from prefix_service.prefix.wire.masks import AttentionMask, Bytes, Extra, Piece
 from prefix_service.prefix.wire.rendering import KV_DTYPES, BufferName, Rendering
 
 _ALIGNMENT: Final = 64
+_LENGTH: Final = struct.Struct("<Q")
 JOINED: Final = 1 << 16  # bytes, below which a copy is cheaper than a send of its own
 _BLOCK: Final = 1 << 18  # bytes of short rows that are joined
 CHUNK: Final = 8 << 20  # bytes, which the event loop copies at most for a slow reader
@@ -84,7 +85,7 @@ def write_header(metadata: Mapping[str, Any], tensors: Iterable[TensorSpec | Slo
         position += nbytes
     text = f"{{{','.join(members)}}}".encode()
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
-    return struct.pack("<Q", len(text)) + text
+    return _LENGTH.pack(len(text)) + text
 
 
 @dataclass(frozen=True)
@@ -153,10 +154,11 @@ class PrefixFile:
         """The size in bytes of the rendering that the file is made of."""
         return sum(slot.nbytes // slot.times for slot in self._slots if slot.source != "extra")
 
-    @cached_property
+    @property
     def header(self) -> bytes:
         """Length and JSON header, padded."""
-        return write_header({"format": FORMAT, **asdict(self.identity), **asdict(self.variant)}, self._slots)
+        first = cast(bytes, self._parts[0])  # kept once, with the small tensors that are sent behind it
+        return first[: _LENGTH.size + _LENGTH.unpack_from(first)[0]]
 
     @cached_property
     def content_length(self) -> int:
@@ -190,7 +192,8 @@ class PrefixFile:
 
         Adjacent bytes are joined, and so are adjacent runs.
         """
-        parts: list[bytes | Extra | _ByteRun] = [self.header]
+        metadata = {"format": FORMAT, **asdict(self.identity), **asdict(self.variant)}
+        parts: list[bytes | Extra | _ByteRun] = [write_header(metadata, self._slots)]
         for slot in self._slots:
             last = parts[-1]
             if slot.source == "extra":
@@ -211,7 +214,7 @@ class PrefixFile:
     @property
     def planned_nbytes(self) -> int:
         """An estimate of the memory that the plan takes, in bytes, without a mask that was posted."""
-        return 4096 + 4 * len(self.header) + sum(len(part) for part in self._parts if isinstance(part, bytes))
+        return 4096 + sum(160 + (len(part) if isinstance(part, bytes) else 0) for part in self._parts)
 
     def _run_of(self, slot: Slot, source: BufferName) -> _ByteRun:
         row = slot.nbytes // slot.times

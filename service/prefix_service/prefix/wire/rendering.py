@@ -19,8 +19,8 @@ KV_DTYPES: Final[Mapping[KVDtype, torch.dtype]] = {name: getattr(torch, name) fo
 BufferName = Literal["values", "scales"]
 """The buffers of a rendering by name."""
 _FLOAT8_MAX: Final = 448.0  # the largest float8_e4m3fn
-_BLOCK: Final = 1 << 20
-"""Values that are scaled at a time."""
+_BLOCK: Final = 1 << 18
+"""Values that are scaled at a time: a processor's cache holds them in float32."""
 
 
 @dataclass(frozen=True)

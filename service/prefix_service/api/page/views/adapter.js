@@ -3,7 +3,7 @@ import { html } from "../html.js";
 import { useState } from "../vendor/hooks.js";
 import { call, get, items, may, query, tenantPath } from "../api.js";
 import { bytes, moment, number, shortDigest } from "../format.js";
-import { Act, Confirm, Copy, Failure, Long, Moment, say, Tabs, Text, Title, useLoaded } from "../parts.js";
+import { Act, Confirm, Copy, Failure, Long, Moment, say, Tabs, Text, Title, useLoaded, whichProcess } from "../parts.js";
 import { Differences, differences, MoveAlias } from "./alias.js";
 import { Chart } from "./chart.js";
 import { Compared, KeysAndValues } from "./figures.js";
@@ -57,11 +57,12 @@ export default function Adapter({ names: [tenant, reference] }) {
         <dt>Method</dt><dd><${Text}>${version.peft_type}</${Text}></dd>
         <dt>Virtual tokens</dt><dd>${number(version.num_virtual_tokens)}</dd>
         <dt>Layers</dt><dd>${number(version.num_layers)}</dd>
-        <dt>Key/value heads</dt><dd>${number(version.num_kv_heads)} of ${number(version.head_dim)}</dd>
+        <dt>Key/value heads</dt><dd>${number(version.num_kv_heads)}, each of ${number(version.head_dim)} numbers</dd>
         <dt>Stored as</dt><dd>${version.dtype}</dd>
         <dt>Size</dt><dd>${bytes(version.size.weights)} of weights, ${bytes(version.size.key_values)} of keys and values</dd>
         <dt>Parameters</dt><dd>${number(version.trainable_parameters)} trained</dd>
-        <dt>Memory</dt><dd>${version.residency.resident ? `in memory on ${version.residency.device}` : "not in memory: the service loads it at the next request"}${version.residency.pinned ? ", pinned" : ""}</dd>
+        <dt>Memory</dt><dd>${version.residency.resident ? `in memory on ${version.residency.device}` : "not in memory: the service loads it at the next request"}${version.residency.pinned ? ", pinned" : ""}
+          <div class="soft">This is the state ${whichProcess(version.residency)}</div></dd>
       </dl></section>
       <section class="card"><h2>Use this version</h2><${Tabs} label="How to use this version"
         tabs=${snippets(version).map(([label, text]) => [label, () => html`<pre>${text}</pre>
@@ -105,7 +106,8 @@ function Config({ version, versions }) {
 
 function ResidencyButtons({ path, state, onDone }) {
   const put = (pinned) => async () => {
-    await call("PUT", `${path}/residency`, { json: { pinned } });
+    const found = await call("PUT", `${path}/residency`, { json: { pinned } });
+    if (found.processes > 1) say(`The version is in memory${pinned ? " and pinned" : ""} in worker process ${found.process}, one of ${found.processes}.`);
     onDone();
   };
   const unload = async () => {

@@ -2,8 +2,8 @@
 import { html } from "../html.js";
 import { useEffect, useRef, useState } from "../vendor/hooks.js";
 import { get, isPlatform, items, may, me, query, tenantPath } from "../api.js";
-import { bytes, number, shortened, visible } from "../format.js";
-import { Failure, Moment, Title, useLoaded } from "../parts.js";
+import { bytes, counted, number, shortened, visible } from "../format.js";
+import { Failure, Moment, Title, useLoaded, useSoon } from "../parts.js";
 import Adapter from "./adapter.js";
 import { Upload } from "./upload.js";
 
@@ -49,12 +49,7 @@ function OfTenant({ tenant, beside }) {
   const [sort, setSort] = useState("name");
   const [uploads, setUploads] = useState(0);
   const [owner] = useLoaded(() => get(tenantPath(tenant)), [uploads]);
-  const later = useRef(new Map()); // the timer of each field
-  const soon = (set) => (event) => {
-    const { value } = event.target;
-    clearTimeout(later.current.get(set));
-    later.current.set(set, setTimeout(() => set(value.trim()), 250));
-  };
+  const soon = useSoon();
   return html`<${Title} beside=${beside}>Adapters of ${tenant}</${Title}>
     <div class="row">
       <label>Search by name<input type="search" onInput=${soon(setSearch)} placeholder="part of it (press /)"
@@ -63,7 +58,7 @@ function OfTenant({ tenant, beside }) {
       <label>Sort by<select value=${sort} onChange=${(event) => setSort(event.target.value)}>
         <option value="name">name</option><option value="-created">latest publication</option>
           <option value="-bytes">bytes</option><option value="-used">most read</option></select></label>
-      <span class="soft">${owner ? `${number(owner.adapters)} adapters, ${bytes(owner.bytes)}` : ""}</span>
+      <span class="soft">${owner ? `${counted(owner.adapters, "adapter")}, ${bytes(owner.bytes)}` : ""}</span>
     </div>
     ${may("write") && html`<${Upload} tenant=${tenant} onDone=${() => setUploads((count) => count + 1)} />`}
     <${List} key=${`${search}/${model}/${sort}/${uploads}`} tenant=${tenant}

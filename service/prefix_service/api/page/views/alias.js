@@ -2,7 +2,7 @@
 import { html } from "../html.js";
 import { useEffect, useState } from "../vendor/hooks.js";
 import { call, get, items, may, tenantPath } from "../api.js";
-import { clock, number, shortened } from "../format.js";
+import { clock, counted, shortened } from "../format.js";
 import { Act, Dialog, Failure, say, stay, Text, useLoaded } from "../parts.js";
 
 const HOUR = 3600e3; // milliseconds
@@ -112,7 +112,7 @@ function Readers({ tenant, name, before, after }) {
   const keys = (version) => new Set(rows.filter((row) => row.version === version).map((row) => row.key));
   const [old, fresh] = [keys(before), keys(after)];
   const count = old.difference(fresh).size;
-  return html`<p role="status"><b>${rows.more ? "At least " : ""}${number(count)} ${count === 1 ? "key" : "keys"}</b> ${count === 1 ? "has" : "have"} read version ${before} in the last hour
+  return html`<p role="status"><b>${rows.more ? "At least " : ""}${counted(count, "key")}</b> ${count === 1 ? "has" : "have"} read version ${before} in the last hour
     (from ${clock(since / 1000)} on) and not yet version ${after}.${old.has(PLATFORM) ? " All keys of the platform count as one." : ""}
     <span class="soft"> The service records reads within a minute.</span></p>`;
 }

@@ -1,7 +1,7 @@
 // Figures of keys and values: their norms, and how far two versions are apart.
 import { html } from "../html.js";
 import { get, query, tenantPath } from "../api.js";
-import { number } from "../format.js";
+import { counted } from "../format.js";
 import { Failure, useLoaded } from "../parts.js";
 import { HeatMap } from "./heatmap.js";
 
@@ -32,7 +32,7 @@ function Norms({ found }) {
       ${map("Norm of keys by layer and virtual token", found.keys.by_token, tokens, sinks.by_token)}
       ${map("Norm of values by layer and virtual token", found.values.by_token, tokens, sinks.by_token)}</div>
     <p>${sinks.tokens.length === 0 ? "No virtual token is sink-like." : `Sink-like virtual tokens (dots): ${sinks.tokens
-      .map(({ token, layers: count }) => `${token} in ${number(count)} ${count === 1 ? "layer" : "layers"}`).join(", ")}.`}
+      .map(({ token, layers: count }) => `${token} in ${counted(count, "layer")}`).join(", ")}.`}
       <span class="soft"> A token is sink-like in a layer if the norm of its key is an outlier and the norm of its value is
       below half the median: such tokens often draw attention whatever the query is.</span></p>`;
 }

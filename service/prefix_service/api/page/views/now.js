@@ -97,13 +97,13 @@ function Numbers({ data }) {
       <${Panel} title="Requests in flight"><${Chart} at=${data.at} lines=${[["in flight", data.in_flight, number]]} />
         </${Panel}>
     </div>
-    ${data.tiers.length > 0 && html`<div class="card"><h2>Memory</h2>
+    ${data.tiers.length > 0 && html`<div class="card"><h2>Memory of all worker processes</h2>
       <div class="two">${data.tiers.map((tier) => html`<div>
       <b>${tierName(tier.name)}</b>
       <${BytesGauge} used=${last(tier.used)} most=${last(tier.budget)} what=${tierName(tier.name)} />
       <span class="soft">${number(last(tier.entries))} in memory, ${bytes(last(tier.pinned))} pinned, ${number(sum(tier.evictions))} evicted
         in the last hour</span></div>`)}</div>
-      <p><a href="#/residency">What is in memory</a></p></div>`}
+      <p><a href="#/residency">What is in memory of one of them</a></p></div>`}
     <div class="two"><${Problems} data=${data} />${data.tenants.length > 0 && html`<${Busiest}
       tenants=${data.tenants} />`}</div>`;
 }

@@ -2,11 +2,12 @@
 import { html } from "../html.js";
 import { useEffect, useRef, useState } from "../vendor/hooks.js";
 import { call, get, may, query, tenantPath } from "../api.js";
-import { bytes, number, percent } from "../format.js";
-import { Act, BytesGauge, Failure, Moment, Text, Title, useLoaded, useRedraw } from "../parts.js";
-import { layout } from "./treemap.js";
+import { bytes, counted, number, percent } from "../format.js";
+import { Act, BytesGauge, Failure, Moment, say, Text, Title, useLoaded, useRedraw, whichProcess } from "../parts.js";
+import { layout, neighbour } from "./treemap.js";
 
 const MOST = 1000;
+const KEYS = ["Enter", " ", "Home", "End", "PageUp", "PageDown", "ArrowUp", "ArrowDown", "ArrowLeft", "ArrowRight"];
 const TIERS = { device: "Device memory", host: "Host memory (renderings)" };
 const REASONS = {
   loading: "it is being loaded", reading: "it is being read", pinned: "it is pinned",
@@ -26,7 +27,7 @@ export default function Residency() {
     <div class="two">${data.tiers.map((tier) => html`<${Budget} tier=${tier} resident=${data.resident} chosen=${chosen}
       onChoose=${setChosen} />`)}</div>
     <p class="soft">${data.resident.length === 0 ? "No version is in memory yet: the service loads a version at its first request." : "The area of a box is its bytes; tenants have colors, and hatched boxes are pinned. Choose a box to pin or unload its version."}
-      ${data.next ? ` The maps show the largest ${number(MOST)} versions.` : ""} The numbers are those of the worker process that answered; each worker has its own.</p>
+      ${data.next ? ` The maps show the largest ${number(MOST)} versions.` : ""} The numbers and pins are those ${whichProcess(data)}</p>
     ${one && html`<${One} one=${one} onDone=${reload} />`}
     <${Evicted} evicted=${data.evicted} />
     ${data.resident.length > 0 && html`<section class="card"><h2>Versions in memory</h2><div class="wide" tabindex="0" role="group"
@@ -61,14 +62,14 @@ function Budget({ tier, resident, chosen, onChoose }) {
     ${forms.length > 0 && html`<${TreeMap} title=${title} forms=${forms} chosen=${chosen} onChoose=${onChoose} />`}</section>`;
 }
 
-// The forms in which a version is in a tier: {tenant, adapter, name, words, size, pinned}.
+// The forms in which a version is in a tier: {tenant, adapter, name, key, words, size, pinned}.
 const FORMS = {
-  device: (one) => (one.device_bytes ? [{ ...one, name: nameOf(one), words: "", size: one.device_bytes }] : []),
+  device: (one) => (one.device_bytes ? [{ ...one, name: nameOf(one), key: nameOf(one), words: "", size: one.device_bytes }] : []),
   host: (one) => {
     const shown = one.largest_renderings.map((form) => ({ words: wordsOf(form), size: form.nbytes }));
     const rest = one.host_bytes - shown.reduce((all, form) => all + form.size, 0);
-    const all = rest > 0 ? [...shown, { words: `${number(one.renderings - shown.length)} smaller ones`, size: rest }] : shown;
-    return all.map((form) => ({ ...one, ...form, name: nameOf(one), pinned: false }));
+    const all = rest > 0 ? [...shown, { words: counted(one.renderings - shown.length, "smaller one"), size: rest }] : shown;
+    return all.map((form, place) => ({ ...one, ...form, name: nameOf(one), key: `${nameOf(one)} ${place}`, pinned: false }));
   },
 };
 
@@ -96,7 +97,8 @@ const nameOf = (one) => `${one.tenant}/${one.adapter}@${one.version}`;
 function One({ one, onDone }) {
   const path = `${tenantPath(one.tenant, "adapters", `${one.adapter}@${one.version}`)}/residency`;
   const act = (method, json) => async () => {
-    await call(method, path, { json });
+    const found = await call(method, path, { json });
+    if (found?.processes > 1) say(`Worker process ${found.process}, one of ${found.processes}, has ${found.pinned ? "pinned" : "unpinned"} ${nameOf(one)}.`);
     onDone();
   };
   return html`<div class="card" role="region" aria-label="The chosen version"><div class="bar"><h2>
@@ -117,25 +119,39 @@ function One({ one, onDone }) {
 function TreeMap({ title, forms, chosen, onChoose }) {
   const canvas = useRef(null);
   const boxes = useRef([]);
-  const [pointed, setPointed] = useState(null); // a form
+  const [current, setCurrent] = useState(null); // the key of a form
   useRedraw(canvas);
   useEffect(() => {
-    boxes.current = paint(canvas.current, forms, chosen);
+    boxes.current = paint(canvas.current, forms, chosen, current);
   });
-  const at = ({ offsetX: x, offsetY: y }) => boxes.current.find((box) => x >= box.x && x < box.x + box.w && y >= box.y && y < box.y + box.h)?.item;
+  const pointed = forms.find((form) => form.key === current);
+  const select = (box) => setCurrent(box ? box.item.key : null);
+  const at = ({ offsetX: x, offsetY: y }) => boxes.current.find((box) => x >= box.x && x < box.x + box.w && y >= box.y && y < box.y + box.h);
   const choose = (event) => {
     const hit = at(event);
-    if (hit) onChoose(hit.name);
+    select(hit);
+    if (hit) onChoose(hit.item.name);
   };
-  return html`<canvas class="map" ref=${canvas} onClick=${choose} onPointerMove=${(event) => setPointed(at(event))} role="img"
-      aria-label=${`${title} by tenant, adapter and form: ${number(forms.length)} boxes; the table below names the versions`}></canvas>
-    <output class="soft">${pointed ? `${[pointed.name, pointed.words].filter(Boolean).join(": ")}, ${bytes(pointed.size)}${pointed.pinned ? ", pinned" : ""}` : "Point at a box to read it."}</output>`;
+  const press = (event) => {
+    if (!KEYS.includes(event.key) || event.ctrlKey || event.metaKey || event.altKey) return;
+    event.preventDefault();
+    const all = boxes.current;
+    const place = all.findIndex((box) => box.item.key === current);
+    if (place < 0) select(all[0]);
+    else if (event.key === "Enter" || event.key === " ") onChoose(all[place].item.name);
+    else if (event.key.startsWith("Arrow")) select(neighbour(all, all[place], event.key) || all[place]);
+    else select({ Home: all[0], End: all.at(-1), PageUp: all[place - 1] || all[0], PageDown: all[place + 1] || all.at(-1) }[event.key]);
+  };
+  return html`<canvas class="map" ref=${canvas} onClick=${choose} onPointerMove=${(event) => select(at(event))} onKeyDown=${press}
+      onFocus=${() => pointed || select(boxes.current[0])} tabindex="0" role="application" aria-roledescription="treemap"
+      aria-label=${`${title} by tenant, adapter and form: ${counted(forms.length, "box", "boxes")}. The arrow keys lead to the boxes beside, Page Down and Page Up through all of them, and Enter chooses one; the table below names the versions.`}></canvas>
+    <output class="soft">${pointed ? `${[pointed.name, pointed.words].filter(Boolean).join(": ")}, ${bytes(pointed.size)}${pointed.pinned ? ", pinned" : ""}` : "Point at a box to read it, or select the map and press the arrow keys."}</output>`;
 }
 
 // Groups things by a field: [{list, size}], as `layout` takes them.
 const grouped = (list, field) => Object.values(Object.groupBy(list, (one) => one[field])).map((part) => ({ list: part, size: part.reduce((sum, one) => sum + one.size, 0) }));
 
-function paint(canvas, forms, chosen) {
+function paint(canvas, forms, chosen, current) {
   const ratio = devicePixelRatio || 1;
   const { clientWidth: width, clientHeight: height } = canvas;
   canvas.width = width * ratio;
@@ -164,6 +180,7 @@ function paint(canvas, forms, chosen) {
   pen.lineWidth = 2;
   for (const box of boxes) {
     if (box.item.name === chosen) pen.strokeRect(box.x + 1, box.y + 1, Math.max(box.w - 2, 0), Math.max(box.h - 2, 0));
+    if (box.item.key === current) pen.strokeRect(box.x + 3, box.y + 3, Math.max(box.w - 6, 0), Math.max(box.h - 6, 0));
     if (box.item.pinned) hatch(pen, box, text);
     if (box.w > 60 && box.h > 20) write(pen, box, box.item.name, 15, text);
     if (box.w > 60 && box.h > 36) write(pen, box, box.item.words, 30, text);

@@ -38,3 +38,18 @@ function worst(areas, side) {
   const sum = areas.reduce((all, area) => all + area, 0);
   return Math.max(...areas.map((area) => Math.max((side * side * area) / (sum * sum), (sum * sum) / (side * side * area))));
 }
+
+const DIRECTIONS = { ArrowLeft: ["x", "w", -1], ArrowRight: ["x", "w", 1], ArrowUp: ["y", "h", -1], ArrowDown: ["y", "h", 1] };
+
+// The box that an arrow key leads to: the nearest of those that lie wholly that way, or null. A box that is not straight
+// ahead counts as farther.
+export function neighbour(boxes, from, key) {
+  const [along, size, sign] = DIRECTIONS[key];
+  const [across, width] = along === "x" ? ["y", "h"] : ["x", "w"];
+  const between = (one, two) => (sign > 0 ? two[along] - one[along] - one[size] : one[along] - two[along] - two[size]);
+  const aside = (box) => Math.max(0, box[across] - from[across] - from[width], from[across] - box[across] - box[width]);
+  const middles = (box) => Math.abs(box[across] + box[width] / 2 - from[across] - from[width] / 2);
+  const distance = (box) => between(from, box) + 2 * aside(box) + middles(box) / 1000;
+  const others = boxes.filter((box) => box !== from && between(from, box) > -0.01);
+  return others.reduce((best, box) => (best === null || distance(box) < distance(best) ? box : best), null);
+}

@@ -2,7 +2,7 @@
 import { html } from "../html.js";
 import { useRef, useState } from "../vendor/hooks.js";
 import { tenantPath, upload } from "../api.js";
-import { bytes } from "../format.js";
+import { bytes, counted } from "../format.js";
 import { Copy, Failure, Text } from "../parts.js";
 
 const CONFIG = "adapter_config.json";
@@ -109,7 +109,7 @@ export function Upload({ tenant, onDone }) {
         pattern="[a-z0-9]([a-z0-9._\\-]{0,62}[a-z0-9])?"
         title="small letters, digits, dots, hyphens and underscores"
           onInput=${(event) => { setName(event.target.value); setIsTyped(event.target.value !== ""); }} /></label>
-      <span class="soft">${files.length} files, ${bytes(files.reduce((all, one) => all + one.file.size, 0))}</span>
+      <span class="soft">${counted(files.length, "file")}, ${bytes(files.reduce((all, one) => all + one.file.size, 0))}</span>
       <button class="main" disabled=${progress !== null}>Publish</button></form>`}
     ${progress && html`<progress max=${progress[1]} value=${progress[0]} aria-label="Upload"></progress>
       <p class="soft" aria-live="polite">

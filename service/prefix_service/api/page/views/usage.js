@@ -7,6 +7,8 @@ import { Failure, Text, Title, useLoaded } from "../parts.js";
 import { Chart } from "./chart.js";
 
 const MOST = 20000;
+const MOST_KEYS = 5000;
+const MOST_TENANTS = 20;
 const HOUR = 3600e3;
 
 export default function Usage() {
@@ -14,10 +16,14 @@ export default function Usage() {
   const [hours, setHours] = useState(24);
   const path = isPlatform() ? "v1/usage" : tenantPath(me.value.tenant, "usage");
   const since = new Date(Math.floor(Date.now() / HOUR) * HOUR - (hours - 1) * HOUR).toISOString();
-  const [rows, error, reload] = useLoaded(() => items(path, { by, since }, MOST), [by, hours]);
+  const load = async () => {
+    const rows = await items(path, { by, since }, MOST);
+    return [rows, by === "key" ? await keyNames(rows) : new Map()];
+  };
+  const [[rows, names] = [], error, reload] = useLoaded(load, [by, hours]);
   const sums = new Map();
   for (const row of rows || []) {
-    const name = nameOf(row, by);
+    const name = nameOf(row, by, names);
     const sum = sums.get(name) || { name, requests: 0, bytes: 0, cold_loads: 0, prefix_tokens: 0 };
     for (const field of ["requests", "bytes", "cold_loads", "prefix_tokens"]) sum[field] += row[field];
     sums.set(name, sum);
@@ -49,8 +55,17 @@ export default function Usage() {
         class="soft">The table counts only the first ${number(MOST)} rows: choose a shorter time.</p>`}</section>`}`;
 }
 
-function nameOf(row, by) {
-  if (by === "key") return row.key ? `key ${row.key} · ${row.tenant}` : row.tenant;
+// What the keys in rows are called, by their ids: those of the first tenants, and to the platform its own.
+async function keyNames(rows) {
+  const tenants = [...new Set(rows.map((row) => row.tenant))].slice(0, MOST_TENANTS);
+  const paths = [...(isPlatform() ? ["v1/keys"] : []), ...tenants.map((tenant) => tenantPath(tenant, "keys"))];
+  const found = await Promise.all(paths.map((path) => items(path, {}, MOST_KEYS)));
+  return new Map(found.flat().map((key) => [key.id, key.name]));
+}
+
+function nameOf(row, by, names) {
+  if (by === "key" && row.key === "platform") return `keys of the platform · ${row.tenant}`;
+  if (by === "key") return row.key ? `${names.get(row.key) || "key"} ${row.key} · ${row.tenant}` : row.tenant;
   if (!row.adapter) return row.tenant;
   return by === "version" ? `${row.tenant}/${row.adapter}@${row.version}` : `${row.tenant}/${row.adapter}`;
 }
