@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import obstore
-from obstore.exceptions import BaseError, NotFoundError, PermissionDeniedError, UnauthenticatedError
+from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
 from obstore.store import S3Store
 
 from prefix_service.checkpoints.remote.address import Address
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _ENDPOINTS: Final = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 _CONNECT, _STALLED, _RETRYING = timedelta(seconds=10), timedelta(seconds=30), timedelta(seconds=20)
-_MISSING: Final = (NotFoundError, FileNotFoundError)
 _STATUS: Final = re.compile(r"status code: ([0-9]{3})\b")
 
 
@@ -73,7 +72,7 @@ def _listing(store: S3Store, address: Address) -> dict[str, int]:
 def _size(store: S3Store, key: str) -> int | None:
     try:
         return obstore.head(store, key)["size"]
-    except _MISSING:
+    except FileNotFoundError:
         return None
 
 
@@ -126,7 +125,7 @@ def _error(address: Address, error: Exception) -> PrefixServiceError:
         )
     if isinstance(error, PermissionDeniedError) or status == HTTPStatus.FORBIDDEN:
         return Forbidden(f"these credentials may not read {address}: look at AWS_ACCESS_KEY_ID")
-    if isinstance(error, _MISSING):
+    if isinstance(error, FileNotFoundError):
         return NotFound(f"there is no {address}: look at the bucket's name and AWS_ENDPOINT_URL")
     if status:
         return InvalidRequest(f"the server refused {address} with status {status}")
