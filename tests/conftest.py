@@ -77,8 +77,33 @@ class Server:
             self.process.wait(timeout=90)
 
 
+Serving = Callable[
+    [Path, Sequence[str], dict[str, str], Path | None, Sequence[str]], contextlib.AbstractContextManager[Server]
+]
+
+_in_place_of_one: Serving | None = None
+"""Runs a fleet wherever tests start one service; see `tests/fleet/suite.py`."""
+
+
 @contextlib.contextmanager
 def running_server(
+    data_dir: Path,
+    *options: str,
+    environment: dict[str, str] | None = None,
+    uds: Path | None = None,
+    program: Sequence[str] = PREFIX_SERVICE,
+) -> Iterator[Server]:
+    """Runs a service until the block ends: one process, or with `pytest --fleet` three replicas behind HAProxy."""
+    if _in_place_of_one is not None:
+        with _in_place_of_one(data_dir, options, environment or {}, uds, program) as fleet:
+            yield fleet
+        return
+    with running_process(data_dir, *options, environment=environment, uds=uds, program=program) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def running_process(
     data_dir: Path,
     *options: str,
     environment: dict[str, str] | None = None,
@@ -197,6 +222,20 @@ def publish(admin: httpx.Client) -> Publish:
         return admin.post(f"/v1/tenants/{tenant}/adapters/{name}/versions", files=files)
 
     return upload
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fleet", action="store_true", help="run fleets in the place of each service that tests start")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("fleet"):
+        from tests.fleet.suite import FleetSuite
+
+        global _in_place_of_one
+        suite = FleetSuite()
+        _in_place_of_one = suite.serving
+        config.pluginmanager.register(suite)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -56,13 +56,13 @@ class PostgreSQL:
         socket = ("-k", str(self._folder), "-p", str(self._port), "-c", "listen_addresses=127.0.0.1")
         settings = (*self._tls, "fsync=off", "max_connections=200", "timezone=Asia/Tokyo", "deadlock_timeout=50ms")
         options = (*(word for setting in settings for word in ("-c", setting)), *socket)
-        with (self._folder / "log").open("ab") as log:
+        with self.log.open("ab") as log:
             command = self._command("postgres", *options)
             self._process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self._folder)
         deadline = time.monotonic() + 60
         while not self._answers():
             if self._process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"PostgreSQL did not start:\n{(self._folder / 'log').read_text()}")
+                raise RuntimeError(f"PostgreSQL did not start:\n{self.log.read_text()}")
             time.sleep(0.05)
 
     @contextlib.contextmanager
@@ -75,10 +75,20 @@ class PostgreSQL:
             self.start()
 
     @contextlib.contextmanager
+    def killed(self) -> Iterator[None]:
+        """Kills every process of the server until the block ends."""
+        for pid in self._pids():
+            os.kill(pid, signal.SIGKILL)
+        self._process.wait(30)
+        try:
+            yield
+        finally:
+            self.start()
+
+    @contextlib.contextmanager
     def stopped(self) -> Iterator[None]:
         """Stops every process of the server, whose kernel goes on to accept connections, until the block ends."""
-        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")
-        pids = [self._process.pid, *map(int, children.read_text().split())]
+        pids = self._pids()
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
         try:
@@ -87,10 +97,30 @@ class PostgreSQL:
             for pid in pids:
                 os.kill(pid, signal.SIGCONT)
 
+    def _pids(self) -> list[int]:
+        """Returns the processes of the server, the first of which starts the others."""
+        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")
+        return [self._process.pid, *map(int, children.read_text().split())]
+
+    @property
+    def log(self) -> Path:
+        """The file that the server writes its log to."""
+        return self._folder / "log"
+
+    @property
+    def port(self) -> int:
+        """The TCP port of the server."""
+        return self._port
+
     def cut_notifications_off(self, database: str) -> None:
         """Makes NOTIFY by `pg_notify` do nothing in a database, for connections that begin from now on."""
         self.execute("CREATE FUNCTION public.pg_notify(text, text) RETURNS void LANGUAGE sql AS 'SELECT'", database)
         self.execute(f"ALTER DATABASE {database} SET search_path = public, pg_catalog")
+
+    def let_notifications_through(self, database: str) -> None:
+        """Makes NOTIFY work again, for connections that begin from now on."""
+        self.execute(f"ALTER DATABASE {database} RESET search_path")
+        self.execute("DROP FUNCTION public.pg_notify(text, text)", database)
 
     def end_sessions(self, database: str) -> None:
         """Breaks off every session of a database."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -29,9 +30,14 @@ class SeaweedFS:
         self.start()
 
     @property
+    def port(self) -> int:
+        """The TCP port of the server."""
+        return self._ports["s3.port"]
+
+    @property
     def url(self) -> str:
         """The address of the server."""
-        return f"http://127.0.0.1:{self._ports['s3.port']}"
+        return f"http://127.0.0.1:{self.port}"
 
     @property
     def environment(self) -> dict[str, str]:
@@ -68,6 +74,15 @@ class SeaweedFS:
             yield
         finally:
             self.start()
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Stops the server, whose kernel goes on to accept connections, until the block ends."""
+        self._process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._process.send_signal(signal.SIGCONT)
 
     def remove(self) -> None:
         """Kills the server, and removes its folder."""

@@ -14,6 +14,7 @@ _LONG: Final = (
     "test_hardening_crashes.py",
     "catalog/test_authority.py",
     "test_chaos.py",
+    "test_fleet_chaos.py",
     "client/test_answers.py",
     "processes/test_run.py",
     "test_supervisor.py",

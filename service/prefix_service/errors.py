@@ -7,7 +7,8 @@ PrefixServiceError
 │   ├── InvalidCheckpoint       a weights file: its bytes, tensors or layout
 │   │   └── UnsafeCheckpoint    a pickle, which the service never opens
 │   ├── InvalidRequest          a parameter, a body or an attention mask
-│   └── DimensionMismatch       a prefix that does not fit the base model
+│   ├── DimensionMismatch       a prefix that does not fit the base model
+│   └── BaseModelMismatch       (client) a prefix of another base model
 ├── NotFound                    missing, or another tenant's
 ├── Unauthenticated             no key, or an invalid one
 ├── Forbidden                   the key's scope is too small
@@ -41,6 +42,7 @@ table from these classes to HTTP statuses; this module knows no HTTP.
 from typing import ClassVar, Self
 
 __all__ = [
+    "BaseModelMismatch",
     "Conflict",
     "ConnectionFailed",
     "CorruptBlob",
@@ -140,6 +142,12 @@ class DimensionMismatch(InvalidInput):
     """A prefix whose layers, heads or head size do not fit the base model."""
 
     code = "dimension-mismatch"
+
+
+class BaseModelMismatch(InvalidInput):
+    """A prefix that fits the model, but was made for another one, by the fingerprints of both."""
+
+    code = "base-model-mismatch"
 
 
 class NotFound(PrefixServiceError):

@@ -26,6 +26,7 @@ NOT_SETTINGS: Final = {
     "PREFIX_API_KEY": "the key that they send",
     "PREFIX_IMAGE": "the image that docker-compose.yml starts",
     "PREFIX_PUBLISH": "the address and port that docker-compose.yml publishes",
+    "PREFIX_FLEET_PUBLISH": "those that it publishes for a fleet",
     "PREFIX_TEST_IMAGE": "whether the tests build the image",
     "PREFIX_TEST_INSTALL": "whether the tests install the package in a fresh clone",
 }

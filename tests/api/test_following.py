@@ -21,7 +21,6 @@ from limits import RateLimitItemPerSecond
 
 from prefix_service.api.middleware.rates import RateLimits
 from prefix_service.blobs.folder import FolderBlobStore
-from prefix_service.catalog.catalog import Catalog
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.deletions import Deletions
 from prefix_service.catalog.descriptions import Descriptions
@@ -42,7 +41,7 @@ from prefix_service.registry.keys import VersionKey
 from prefix_service.registry.registry import AdapterRegistry
 from tests.admission import generous_admission
 from tests.api.helpers import CONFIG
-from tests.catalog.conftest import BY
+from tests.catalog.conftest import BY, HoldingCatalog
 
 T = TypeVar("T")
 TENANTS = ("acme", "beta")
@@ -132,7 +131,7 @@ class Following(RuleBasedStateMachine):
         folder = Path(self._folder.name)
         shutil.copy(template, folder / "catalog.sqlite")
         self._writer = Database(folder / "catalog.sqlite")
-        self._catalog, self._tenants = Catalog(self._writer), Tenants(self._writer)
+        self._catalog, self._tenants = HoldingCatalog(self._writer), Tenants(self._writer)
         self._keyring = Keyring(self._writer, folder / "key.secret")
         self._texts: list[str] = []
         self._loop = asyncio.Runner()

@@ -15,8 +15,9 @@ from prefix_service.catalog.descriptions import Descriptions
 from prefix_service.catalog.garbage import Garbage
 from prefix_service.catalog.keys import Keyring
 from prefix_service.catalog.listings import Listings
-from prefix_service.catalog.records import NewVersion, Principal
+from prefix_service.catalog.records import NewVersion, Principal, Version
 from prefix_service.catalog.tenants import Tenants
+from prefix_service.prefix.description import EMPTY, Description
 from tests.postgresql import PostgreSQL
 
 Content = Callable[..., NewVersion]
@@ -25,6 +26,28 @@ Place = Path | str
 
 BY = Principal("platform-key", None, "admin", has_key=False)
 """Who makes the changes that a test is not about."""
+
+
+class HoldingCatalog(Catalog):
+    """Holds the blobs of a version before it is added, as publishing does."""
+
+    def add_version(
+        self,
+        tenant: str,
+        adapter: str,
+        new: NewVersion,
+        by: Principal,
+        *,
+        description: Description = EMPTY,
+        make_tenant: bool = False,
+    ) -> tuple[Version, bool]:
+        self.hold((new.weights, new.key_values))
+        return super().add_version(tenant, adapter, new, by, description=description, make_tenant=make_tenant)
+
+    def replace_key_values(self, version: Version, digest: str) -> Version:
+        self.hold((digest,))
+        return super().replace_key_values(version, digest)
+
 
 # Tests of what one of the two alone does.
 on_sqlite = pytest.mark.parametrize("place", ["sqlite"], indirect=True)
@@ -69,7 +92,7 @@ def database(place: Place, copied: Path) -> Iterator[Database]:
 
 @pytest.fixture
 def catalog(database: Database) -> Catalog:
-    return Catalog(database)
+    return HoldingCatalog(database)
 
 
 @pytest.fixture

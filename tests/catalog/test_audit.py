@@ -15,7 +15,7 @@ from prefix_service.catalog.catalog import Catalog
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.keys import Keyring
 from prefix_service.catalog.records import COMMAND_LINE, AuditEntry, AuditFilter, Principal, Quotas, VersionName
-from prefix_service.catalog.schema import metadata
+from prefix_service.catalog.schema import garbage, metadata
 from prefix_service.catalog.tenants import Tenants
 from prefix_service.errors import (
     Conflict,
@@ -136,9 +136,10 @@ def test_an_entry_names_its_key(audit: AuditLog, catalog: Catalog, keyring: Keyr
 
 
 def everything(database: Database) -> dict[str, list[Any]]:
-    """Returns every row of every table."""
+    """Returns every row of every table but garbage, where blobs are held before any change."""
+    tables = [table for table in metadata.sorted_tables if table is not garbage]
     with database.reading() as connection:
-        return {table.name: list(connection.execute(sa.select(table))) for table in metadata.sorted_tables}
+        return {table.name: list(connection.execute(sa.select(table))) for table in tables}
 
 
 @pytest.mark.parametrize("action", EXPECTED)

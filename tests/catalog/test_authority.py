@@ -16,7 +16,7 @@ from prefix_service.catalog.catalog import Catalog
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.keys import Keyring
 from prefix_service.catalog.records import COMMAND_LINE, DEV, SERVICE, Principal, Quotas
-from prefix_service.catalog.schema import keys, metadata
+from prefix_service.catalog.schema import garbage, keys, metadata
 from prefix_service.catalog.sessions import Sessions
 from prefix_service.catalog.tenants import Tenants
 from prefix_service.errors import NotFound, Unauthenticated
@@ -60,9 +60,10 @@ CHANGES = (
 
 
 def everything(database: Database) -> dict[str, list[Any]]:
-    """Returns every row of every table."""
+    """Returns every row of every table but garbage, where blobs are held before any change."""
+    tables = [table for table in metadata.sorted_tables if table is not garbage]
     with database.reading() as connection:
-        return {table.name: list(connection.execute(sa.select(table))) for table in metadata.sorted_tables}
+        return {table.name: list(connection.execute(sa.select(table))) for table in tables}
 
 
 def revoke(keyring: Keyring, _database: Database, by: Principal) -> None:

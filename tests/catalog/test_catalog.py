@@ -13,7 +13,7 @@ from prefix_service.catalog.records import AdapterPlace, NewVersion, Version
 from prefix_service.catalog.tenants import Tenants
 from prefix_service.errors import Conflict, NotFound, PreconditionFailed
 from prefix_service.prefix.references import parse_reference
-from tests.catalog.conftest import BY, Content, Place
+from tests.catalog.conftest import BY, Content, HoldingCatalog, Place
 
 
 @pytest.fixture(autouse=True)
@@ -271,7 +271,7 @@ def publish_from(place: Place, contents: list[NewVersion]) -> list[tuple[int, bo
     """Publishes as another process does, with a catalog of its own on the same database."""
     database = Database(place)
     try:
-        published = [Catalog(database).add_version("acme", "a", new, BY) for new in contents]
+        published = [HoldingCatalog(database).add_version("acme", "a", new, BY) for new in contents]
         return [(version.number, is_new) for version, is_new in published]
     finally:
         database.close()

@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 import sqlalchemy as sa
 
 from prefix_service.catalog.audit import AuditLog
-from prefix_service.catalog.catalog import Catalog
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.deletions import Deletions
 from prefix_service.catalog.garbage import Garbage
@@ -18,7 +17,7 @@ from prefix_service.catalog.schema import adapters, aliases, tenants, versions
 from prefix_service.catalog.tenants import Tenants
 from prefix_service.errors import Conflict, NotFound, PreconditionFailed, QuotaExceeded, Unauthenticated
 from prefix_service.prefix.references import parse_reference
-from tests.catalog.conftest import BY, Content, on_postgresql, remove_deleted
+from tests.catalog.conftest import BY, Content, HoldingCatalog, on_postgresql, remove_deleted
 
 SECONDS = 3.0
 REFUSALS = (Conflict, NotFound, PreconditionFailed, QuotaExceeded, Unauthenticated)
@@ -29,7 +28,7 @@ class Worker:
     """Makes random calls on three tenants of two adapters, whose versions share their blobs."""
 
     def __init__(self, database: Database, keyring: Keyring, content: Content, seed: int) -> None:
-        self._catalog, self._tenants, self._garbage = Catalog(database), Tenants(database), Garbage(database)
+        self._catalog, self._tenants, self._garbage = HoldingCatalog(database), Tenants(database), Garbage(database)
         self._deletions = Deletions(database)
         self._audit, self._keyring, self._content = AuditLog(database), keyring, content
         self._choose = random.Random(seed)  # noqa: S311

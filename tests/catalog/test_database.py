@@ -13,14 +13,13 @@ import sqlalchemy as sa
 
 import prefix_service.catalog
 from prefix_service.catalog.audit import AuditLog
-from prefix_service.catalog.catalog import Catalog
 from prefix_service.catalog.database import Database, now
 from prefix_service.catalog.listings import Listings
 from prefix_service.catalog.records import NewVersion
 from prefix_service.catalog.schema import tenants
 from prefix_service.catalog.tenants import Tenants
 from prefix_service.errors import InvalidRequest, OutOfSpace, StorageFailed
-from tests.catalog.conftest import BY, on_postgresql, on_sqlite
+from tests.catalog.conftest import BY, HoldingCatalog, on_postgresql, on_sqlite
 from tests.postgresql import PostgreSQL
 
 
@@ -156,7 +155,9 @@ def test_only_the_databases_time_is_compared() -> None:
     [
         lambda database, text: Tenants(database).put(text, BY),
         lambda database, text: Listings(database).adapters("acme", after=None, limit=1, base_model=text),
-        lambda database, text: Catalog(database).add_version("acme", "a", new(base_model=text), BY, make_tenant=True),
+        lambda database, text: HoldingCatalog(database).add_version(
+            "acme", "a", new(base_model=text), BY, make_tenant=True
+        ),
         lambda database, text: AuditLog(database).add(BY, "looked.at", None, text),
     ],
     ids=["tenant", "filter", "base model", "audit"],

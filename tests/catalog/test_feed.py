@@ -22,7 +22,7 @@ from prefix_service.catalog.schema import changes as changes_table
 from prefix_service.catalog.tenants import Tenants
 from prefix_service.errors import NotFound, StorageFailed
 from prefix_service.prefix.references import parse_reference
-from tests.catalog.conftest import BY, Content, Place, on_sqlite
+from tests.catalog.conftest import BY, Content, HoldingCatalog, Place, on_sqlite
 from tests.processes import eventually
 
 
@@ -122,7 +122,7 @@ def test_changes_of_others_are_heard_within_a_moment(
 ) -> None:
     """Changes of another process come soon, each once and in order."""
     with feed.followed():
-        Catalog(elsewhere).add_version("acme", "b", content("z"), BY)
+        HoldingCatalog(elsewhere).add_version("acme", "b", content("z"), BY)
         Tenants(elsewhere).delete("acme", BY)
         began = time.monotonic()
         while len(heard) < 2 and time.monotonic() - began < 60:
@@ -204,11 +204,11 @@ def test_many_writers_are_heard_once_each(
 REFERENCES = ["a", "a@latest", "a@1", "a@prod"]
 
 CHANGES: dict[str, Callable[[Database, Content], object]] = {
-    "publish": lambda database, content: Catalog(database).add_version("acme", "a", content("z"), BY),
-    "move": lambda database, _: Catalog(database).put_alias("acme", "a", "prod", 2, BY),
-    "forget": lambda database, _: Catalog(database).delete_alias("acme", "a", "prod", BY),
-    "delete version": lambda database, _: Catalog(database).delete("acme", parse_reference("a@2"), BY),
-    "delete adapter": lambda database, _: Catalog(database).delete("acme", parse_reference("a"), BY),
+    "publish": lambda database, content: HoldingCatalog(database).add_version("acme", "a", content("z"), BY),
+    "move": lambda database, _: HoldingCatalog(database).put_alias("acme", "a", "prod", 2, BY),
+    "forget": lambda database, _: HoldingCatalog(database).delete_alias("acme", "a", "prod", BY),
+    "delete version": lambda database, _: HoldingCatalog(database).delete("acme", parse_reference("a@2"), BY),
+    "delete adapter": lambda database, _: HoldingCatalog(database).delete("acme", parse_reference("a"), BY),
     "delete tenant": lambda database, _: Tenants(database).delete("acme", BY),
 }
 
@@ -363,7 +363,7 @@ def test_who_was_away_reads_on_from_its_revision(
     feed: ChangeFeed, heard: list[str], elsewhere: Database, content: Content
 ) -> None:
     """A process that did not read for long gets all later changes in order."""
-    others = Catalog(elsewhere)
+    others = HoldingCatalog(elsewhere)
     others.add_version("acme", "b", content("z"), BY)
     others.put_alias("acme", "b", "prod", 1, BY)
     others.delete_alias("acme", "b", "prod", BY)
@@ -382,7 +382,7 @@ def test_who_was_away_for_longer_than_changes_are_kept_forgets_everything(
     feed.listen(told.extend)
     reference = parse_reference("a@prod")
     remembered.resolve("acme", reference)
-    others = Catalog(elsewhere)
+    others = HoldingCatalog(elsewhere)
     for number in (2, 1, 2):
         others.put_alias("acme", "a", "prod", number, BY)
     with elsewhere.writing() as connection:
@@ -406,7 +406,7 @@ def test_who_missed_too_much_forgets_everything(
     monkeypatch.setattr(module, "_MOST", 2)
     told: list[Change] = []
     feed.listen(told.extend)
-    others = Catalog(elsewhere)
+    others = HoldingCatalog(elsewhere)
     for number in (2, 1):
         others.put_alias("acme", "a", "prod", number, BY)
     feed.catch_up()

@@ -1,6 +1,7 @@
 """`catalog.garbage`: a blob is wanted while a version names it, and for the grace period afterwards."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -8,14 +9,15 @@ import sqlalchemy as sa
 
 from prefix_service.catalog.catalog import Catalog
 from prefix_service.catalog.database import Database, now
-from prefix_service.catalog.garbage import Garbage
+from prefix_service.catalog.garbage import CONDEMNED, Garbage, require_held
 from prefix_service.catalog.records import NewVersion
 from prefix_service.catalog.schema import garbage as let_go
 from prefix_service.catalog.schema import versions
 from prefix_service.catalog.tenants import Tenants
-from prefix_service.errors import Conflict
+from prefix_service.errors import Conflict, Unavailable
 from prefix_service.prefix.references import parse_reference
 from tests.catalog.conftest import BY, on_postgresql, remove_deleted
+from tests.processes import eventually
 
 GRACE = 3600.0
 BLOBS = {"w1", "kv1", "w2", "kv2"}
@@ -27,7 +29,10 @@ def version(n: int, weights: int | None = None) -> NewVersion:
 
 
 def publish(catalog: Catalog, tenant: str, adapter: str, new: NewVersion) -> None:
+    """Publishes a version, long enough ago that nobody knows that its blobs were held."""
     catalog.add_version(tenant, adapter, new, BY, make_tenant=True)
+    with catalog._database.writing() as connection:
+        connection.execute(sa.delete(let_go).where(let_go.c.digest.in_((new.weights, new.key_values))))
 
 
 def delete(catalog: Catalog, tenant: str, reference: str) -> None:
@@ -140,11 +145,109 @@ def test_what_is_being_let_go_again_is_not_forgotten(catalog: Catalog, garbage: 
     assert held(database) == {"w1"}
 
 
-def test_keys_and_values_that_were_made_anew(catalog: Catalog, garbage: Garbage) -> None:
+def test_keys_and_values_that_were_made_anew(catalog: Catalog, garbage: Garbage, database: Database) -> None:
     """After keys and values were made again, their version names the new blob alone."""
     publish(catalog, "acme", "a", version(1))
     catalog.replace_key_values(catalog.resolve("acme", parse_reference("a")), "kv2")
+    age(database, GRACE + 1)
     assert garbage.wanted(BLOBS, GRACE) == {"w1", "kv2"}
+
+
+def test_a_blob_that_is_held_is_wanted(catalog: Catalog, garbage: Garbage, database: Database) -> None:
+    """It is neither forgotten nor condemned for the grace period, as if it had been let go."""
+    assert catalog.hold(("w1", "kv1"))
+    garbage.forget(garbage.expired(GRACE))
+    assert garbage.wanted(BLOBS, GRACE) == {"w1", "kv1"}
+    assert garbage.condemn(["w1", "w2"], GRACE).digests == {"w2"}
+    age(database, GRACE + 1)
+    assert garbage.condemn(["w1", "kv1"], GRACE).digests == {"w1", "kv1"}
+
+
+def test_what_is_condemned_cannot_be_held(catalog: Catalog, garbage: Garbage, database: Database) -> None:
+    """Until it is acquitted, by the collector that condemned it, or two minutes have passed; nor condemned again."""
+    condemned = garbage.condemn(["w1"], GRACE)
+    assert not catalog.hold(("kv1", "w1"))
+    assert garbage.condemn(["w1"], GRACE).digests == set()
+    garbage.acquit(replace(condemned, moment=condemned.moment - timedelta(seconds=1)))
+    assert not catalog.hold(("w1",))
+    garbage.acquit(condemned)
+    assert catalog.hold(("kv1", "w1"))
+    assert held(database) == {"kv1", "w1"}
+    garbage.condemn(["w2"], GRACE)
+    garbage.forget(garbage.expired(0))
+    assert held(database) >= {"w2"}
+    let_time_pass(database, CONDEMNED)
+    assert garbage.condemn(["w2"], GRACE).digests == {"w2"}
+    let_time_pass(database, CONDEMNED)
+    assert catalog.hold(("w2",))
+
+
+def let_time_pass(database: Database, seconds: float) -> None:
+    """Moves the moments of all garbage back."""
+    passed = timedelta(seconds=seconds)
+    with database.writing() as connection:
+        for row in connection.execute(sa.select(let_go)).all():
+            values = {"since": row.since - passed, "condemned": row.condemned and row.condemned - passed}
+            connection.execute(sa.update(let_go).where(let_go.c.digest == row.digest).values(values))
+
+
+def test_a_digest_whose_collector_died_is_forgotten(garbage: Garbage, database: Database) -> None:
+    """Its blob may be gone, so no collection would find it again."""
+    garbage.condemn(["w1"], GRACE)
+    let_time_pass(database, GRACE + 1)
+    garbage.forget(garbage.expired(GRACE))
+    assert held(database) == set()
+
+
+def test_what_a_version_names_is_not_condemned(catalog: Catalog, garbage: Garbage) -> None:
+    """Nor is it condemned afterwards."""
+    publish(catalog, "acme", "a", version(1))
+    assert garbage.condemn(["w1", "kv1", "w2"], GRACE).digests == {"w2"}
+    assert catalog.hold(("w1", "kv1"))
+
+
+def test_only_what_is_held_can_be_named(garbage: Garbage, database: Database) -> None:
+    """A publication that took longer than the grace period is refused, since its blobs may be gone."""
+    catalog = Catalog(database)
+    new = version(1)
+    with pytest.raises(Unavailable, match="longer than PREFIX_GARBAGE_GRACE"):
+        catalog.add_version("acme", "a", new, BY, make_tenant=True)
+    assert catalog.hold((new.weights, new.key_values))
+    age(database, GRACE + 1)
+    condemned = garbage.condemn(["w1"], GRACE)
+    for _ in range(2):
+        with pytest.raises(Unavailable, match="publish again"):
+            catalog.add_version("acme", "a", new, BY, make_tenant=True)
+        garbage.acquit(condemned)
+    assert catalog.hold((new.weights, new.key_values))
+    assert catalog.add_version("acme", "a", new, BY, make_tenant=True)[1]
+    assert catalog.hold(("kv2",))
+    made = catalog.resolve("acme", parse_reference("a"))
+    with pytest.raises(Unavailable):
+        catalog.replace_key_values(made, "kv3")
+    assert catalog.replace_key_values(made, "kv2").key_values == "kv2"
+
+
+@on_postgresql
+def test_what_is_being_named_is_not_condemned(catalog: Catalog, garbage: Garbage, database: Database) -> None:
+    """A collector waits for the transaction that names a blob, however long ago the blob was held."""
+    publish(catalog, "acme", "a", version(1))
+    assert catalog.hold(("w2",))
+    age(database, GRACE + 1)
+    with ThreadPoolExecutor(1) as pool:
+        with database.writing() as connection:
+            require_held(connection, ("w2",))
+            condemned = pool.submit(garbage.condemn, ["w2"], GRACE)
+            eventually(lambda: waiting(database))
+            connection.execute(sa.update(versions).values(weights="w2"))
+        assert condemned.result(60).digests == set()
+
+
+def waiting(database: Database) -> bool:
+    """Whether a connection waits for a lock."""
+    query = sa.text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
+    with database.reading() as connection:
+        return bool(connection.scalar(query))
 
 
 @pytest.mark.parametrize("count", [0, 1, 1000, 1001])

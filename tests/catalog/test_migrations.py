@@ -23,7 +23,6 @@ from alembic.script import Script, ScriptDirectory
 
 from prefix_service.catalog import migrations
 from prefix_service.catalog.audit import AuditLog
-from prefix_service.catalog.catalog import Catalog
 from prefix_service.catalog.changes import Change, VersionPublished, catalog_id, revision_of
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.descriptions import Descriptions
@@ -36,7 +35,7 @@ from prefix_service.catalog.tenants import Tenants
 from prefix_service.errors import StorageFailed
 from prefix_service.prefix.description import Description
 from prefix_service.prefix.references import parse_qualified
-from tests.catalog.conftest import BY, Content, Place, on_sqlite
+from tests.catalog.conftest import BY, Content, HoldingCatalog, Place, on_sqlite
 
 FOLDER_0001 = Path(__file__).parents[1] / "data" / "folder-0001"
 """A data folder as release 0001 left it, and what it told of itself."""
@@ -179,7 +178,7 @@ def test_an_older_catalog_comes_along(migrated: Database) -> None:
     told = json.loads((FOLDER_0001 / "told.json").read_text())
     with migrated.reading() as connection:
         assert differences(connection) == []
-    catalog = Catalog(migrated)
+    catalog = HoldingCatalog(migrated)
     for name, digests in told["versions"].items():
         version = catalog.resolve(*parse_qualified(name))
         assert {field: getattr(version, field) for field in digests} == digests
@@ -190,7 +189,7 @@ def test_an_older_catalog_comes_along(migrated: Database) -> None:
 
 def test_an_older_catalog_goes_on(migrated: Database, content: Content) -> None:
     """In a migrated catalog numbers go on counting, known content is the same version, and usage counts it."""
-    catalog, tenants = Catalog(migrated), Tenants(migrated)
+    catalog, tenants = HoldingCatalog(migrated), Tenants(migrated)
     known = catalog.resolve(*parse_qualified("acme/summarize@1"))
     assert catalog.find("acme", "summarize", known.digest, known.nbytes, BY) == known
     usage = tenants.get("acme")
@@ -206,7 +205,7 @@ def test_where_aliases_pointed_comes_from_the_audit(place: Place, content: Conte
     """The previous version of an alias comes from its latest move in the audit; an alias or a tenant that was made
     again has none."""
     database = Database(place)
-    catalog, tenants = Catalog(database), Tenants(database)
+    catalog, tenants = HoldingCatalog(database), Tenants(database)
     for tenant in ("acme", "again"):
         for text in ("x", "y"):
             catalog.add_version(tenant, "a", content(text), BY, make_tenant=True)
@@ -228,7 +227,7 @@ def test_where_aliases_pointed_comes_from_the_audit(place: Place, content: Conte
         _script("0008").module.upgrade()
     engine.dispose()
     database = Database(place)
-    catalog = Catalog(database)
+    catalog = HoldingCatalog(database)
     assert catalog.alias("acme", "a", "prod") == (2, 1)
     assert catalog.alias("acme", "a", "gone") == (1, None)
     assert catalog.alias("again", "a", "prod") == (4, None)
@@ -251,7 +250,7 @@ def test_an_older_catalog_gets_an_id_and_a_first_revision(migrated: Database, ol
         assert revision_of(connection) == 0
     feed, heard = ChangeFeed(migrated), list[Change]()
     feed.listen(heard.extend)
-    version, _ = Catalog(migrated).add_version("acme", "summarize", content("x"), BY)
+    version, _ = HoldingCatalog(migrated).add_version("acme", "summarize", content("x"), BY)
     assert heard == [VersionPublished("acme", "summarize", version.number, version.digest)]
     again = Database(old)
     with again.reading() as connection:
@@ -317,7 +316,7 @@ def test_0005_counts_uses_and_names_keys(place: Place) -> None:
     database = Database(place)
     found = Listings(database).adapters("acme", after=None, limit=9, order="-created")
     entries = AuditLog(database).listed("acme", before=None, limit=9)
-    described = Descriptions(database).get(Catalog(database).resolve(*parse_qualified("acme/a@1")))
+    described = Descriptions(database).get(HoldingCatalog(database).resolve(*parse_qualified("acme/a@1")))
     database.close()
     assert [(one.latest.adapter, one.used) for one in found] == [("a", 7)]
     assert [entry.key_name for entry in entries] == ["gone", "ci", None]
@@ -328,6 +327,7 @@ def test_a_newer_database_is_refused(place: Place) -> None:
     """A newer catalog is refused and left as it was; the message says what to do, without a password."""
     Database(place).close()
     execute(place, "UPDATE alembic_version SET version_num = '9999'")
+    execute(place, "UPDATE catalog SET usable_since = '9998'")
     before = contents(place)
     secret = place
     if isinstance(place, str):
@@ -337,6 +337,23 @@ def test_a_newer_database_is_refused(place: Place) -> None:
     ) as told:
         Database(secret)
     assert "hunter2" not in str(told.value)
+    assert contents(place) == before
+
+
+def test_a_newer_database_that_only_has_more_is_used(place: Place) -> None:
+    """On PostgreSQL, whose replicas are upgraded one after another; a folder of a newer service is refused."""
+    Database(place).close()
+    execute(place, "ALTER TABLE garbage ADD COLUMN later TEXT")
+    execute(place, "UPDATE alembic_version SET version_num = '9999'")
+    before = contents(place)
+    if isinstance(place, str):
+        for read_only in (False, True):
+            database = Database(place, read_only=read_only)
+            HoldingCatalog(database).check()
+            database.close()
+    else:
+        with pytest.raises(StorageFailed, match="newer prefix-service"):
+            Database(place)
     assert contents(place) == before
 
 

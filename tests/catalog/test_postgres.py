@@ -84,6 +84,21 @@ def test_a_slow_statement_and_a_lock_have_deadlines(database: Database, tenants:
             tenants.delete("acme", BY)
 
 
+def test_a_silent_transaction_ends(url: str, tenants: Tenants) -> None:
+    """The row that every change locks is free again some seconds after its holder was stopped, or its connection was
+    cut half-open."""
+
+    def hold(silent: Database) -> None:
+        with silent.writing() as connection:
+            connection.execute(sa.text("SELECT id FROM catalog FOR UPDATE"))
+            assert not answers(lambda: tenants.put("acme", BY))
+            eventually(lambda: answers(lambda: tenants.put("acme", BY)), 30)
+            connection.execute(sa.text("SELECT 1"))
+
+    with closing(Database(url, HURRIED)) as silent, pytest.raises(StorageFailed):
+        hold(silent)
+
+
 def test_a_process_has_five_connections(database: Database, tenants: Tenants, postgresql: PostgreSQL) -> None:
     """And one apart, however many threads ask."""
     feed = ChangeFeed(database)

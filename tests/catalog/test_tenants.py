@@ -17,7 +17,7 @@ from prefix_service.catalog.schema import metadata
 from prefix_service.catalog.tenants import Tenants
 from prefix_service.errors import NotFound, QuotaExceeded, Unauthenticated
 from prefix_service.prefix.references import parse_reference
-from tests.catalog.conftest import BY, Content, Place, remove_deleted
+from tests.catalog.conftest import BY, Content, HoldingCatalog, Place, remove_deleted
 
 VERSION_BYTES = 100
 """What `content` makes: 10 of weights, 20 of keys and values, 70 of the manifest."""
@@ -133,7 +133,7 @@ def publish(place: Place, adapters: list[str], contents: list[NewVersion]) -> in
     made = 0
     for adapter, new in zip(adapters, contents, strict=True):
         with contextlib.suppress(QuotaExceeded):
-            made += Catalog(database).add_version("acme", adapter, new, BY)[1]
+            made += HoldingCatalog(database).add_version("acme", adapter, new, BY)[1]
     database.close()
     return made
 

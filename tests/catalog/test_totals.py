@@ -10,7 +10,6 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from prefix_service.catalog.catalog import Catalog
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.deletions import Deletions
 from prefix_service.catalog.descriptions import Descriptions
@@ -20,7 +19,7 @@ from prefix_service.catalog.tenants import Tenants
 from prefix_service.errors import Conflict, NotFound, QuotaExceeded
 from prefix_service.prefix.description import Description
 from prefix_service.prefix.references import parse_reference
-from tests.catalog.conftest import BY
+from tests.catalog.conftest import BY, HoldingCatalog
 
 TENANTS = st.sampled_from(["acme", "beta"])
 ADAPTERS = st.sampled_from("abc")
@@ -40,7 +39,7 @@ class Totals(RuleBasedStateMachine):
         super().__init__()
         self._folder = tempfile.TemporaryDirectory()
         self._database = Database(Path(self._folder.name) / "catalog.sqlite")
-        self._catalog, self._tenants = Catalog(self._database), Tenants(self._database)
+        self._catalog, self._tenants = HoldingCatalog(self._database), Tenants(self._database)
         self._descriptions = Descriptions(self._database)
 
     def teardown(self) -> None:

@@ -43,7 +43,7 @@ from prefix_service.catalog.tenants import Tenants
 from prefix_service.errors import NotFound
 from prefix_service.prefix.description import Description
 from prefix_service.prefix.references import parse_reference
-from tests.catalog.conftest import BY, Content
+from tests.catalog.conftest import BY, Content, HoldingCatalog
 from tests.catalog.test_feed import acme, elsewhere
 
 __all__ = ["acme", "elsewhere"]  # fixtures
@@ -63,7 +63,7 @@ class Mutations:
     """Every mutation of a catalog in which `acme/a` has two versions and an alias."""
 
     def __init__(self, database: Database, keyring: Keyring, content: Content) -> None:
-        self.catalog, self.tenants, self.keyring = Catalog(database), Tenants(database), keyring
+        self.catalog, self.tenants, self.keyring = HoldingCatalog(database), Tenants(database), keyring
         self._descriptions, self._content = Descriptions(database), content
         self.key = keyring.create("acme", "read", "", BY)[0].id
         self.digests = [self.catalog.resolve("acme", parse_reference(f"a@{number}")).digest for number in (1, 2)]

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Final, Literal
+from typing import Final, Generic, Literal, TypeVar
 
 from prefix_service.blobs.folder import FolderBlobStore
 from prefix_service.catalog.catalog import Catalog
@@ -20,15 +20,18 @@ from prefix_service.data_folder.opening import blob_folder, catalog_file
 from prefix_service.prefix.references import parse_reference
 from tests.chaos.service import Service, read_only
 from tests.chaos.truth import SHAPE, Adapter, Content
-from tests.chaos.work import Work
+from tests.chaos.work import Callers, Work
 from tests.crash.folder import serving
 
 _SPARED: Final = 3  # versions whose blobs a fault takes
 
 
+W = TypeVar("W", bound=Callers)
+
+
 @dataclass(frozen=True, slots=True)
-class Fault:
-    """A fault, and what is expected of the service while it lasts.
+class Fault(Generic[W]):
+    """A fault of what `W` uses, and what is expected of it while the fault lasts.
 
     Args:
         name: the fault's name, on the command line too.
@@ -37,14 +40,16 @@ class Fault:
         unready: whether `/readyz` must answer 503 while it lasts.
         needs: what the machine must allow: nothing, mounts, or a file system of the data folder's own.
         replaces: whether a worker must be replaced, after so many seconds and 3.
+        serves: whether every replica of a fleet must go on to serve what it has in memory.
     """
 
     name: str
-    begin: Callable[[Work], AbstractContextManager[None]]
+    begin: Callable[[W], AbstractContextManager[None]]
     seconds: float = 8
     unready: bool = False
     needs: Literal["", "mounts", "file system"] = ""
     replaces: float | None = None
+    serves: bool = False
 
 
 @contextmanager
@@ -219,7 +224,7 @@ def _publish_again(service: Service, adapter: Adapter, content: Content) -> None
             time.sleep(0.2)
 
 
-FAULTS: Final = (
+FAULTS: Final[tuple[Fault[Work], ...]] = (
     Fault("kill worker", _killed_worker, 0, replaces=0),
     Fault("stop worker", _stopped_worker, 20, replaces=15),
     Fault("kill supervisor", _killed_supervisor, 0),

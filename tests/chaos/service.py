@@ -89,6 +89,10 @@ class Service:
         """Returns an HTTP client with that key."""
         return httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {self.key}"}, timeout=timeout)
 
+    def clients(self, timeout: float = 5) -> list[httpx.Client]:
+        """Returns an HTTP client for each address, of which a service has one."""
+        return [self.client(timeout)]
+
     def kill(self) -> None:
         """Kills the supervisor without warning."""
         os.kill(self.pid, signal.SIGKILL)

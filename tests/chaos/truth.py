@@ -44,6 +44,7 @@ class Adapter:
     attempted: dict[str, Content] = field(default_factory=dict)  # by digest of keys and values
     leaving: set[int] = field(default_factory=set)  # whose deletion was asked for, acknowledged or not
     aliases: dict[str, int] = field(default_factory=dict)
+    doubtful: dict[str, set[int]] = field(default_factory=dict)  # from where a try to move an alias may be under way
     spared: set[int] = field(default_factory=set)  # that a fault has in its hands
 
     @property
@@ -83,6 +84,13 @@ class Truth:
                 if version not in adapter.leaving
             ]
         return random.choice(found) if found else None
+
+    def add_version(self, adapter: Adapter, number: int, published: Content) -> None:
+        """Notes an acknowledged version, whose number must be a new one."""
+        with self.lock:
+            if number <= max(adapter.versions, default=0):
+                self.wrong.append(f"{adapter.path}@{number}: the number is used twice")
+            adapter.versions[number] = published
 
     def check_prefix(self, adapter: Adapter, version: int | None, digest: str) -> None:
         """Compares a prefix that was read with the published one, of this version or of any of the adapter."""

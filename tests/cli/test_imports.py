@@ -113,12 +113,12 @@ def test_commands_on_a_service_do_without_torch(service: dict[str, str], command
     assert "cut out the prefix: " in done.stderr
 
 
-ON_A_FOLDER = ("key create --platform --scope read", "key list", "backup")
+ON_A_FOLDER = ("key create --platform --scope read", "key list", "backup {copy}", "migrate --to-data-dir {copy}-moved")
 
 
 def test_commands_on_a_folder_do_without_torch(folder: Path, tmp_path: Path) -> None:
     """Commands on a data folder do not import torch."""
-    asked = [f"{words} {tmp_path / 'copy' if words == 'backup' else ''} --data-dir {folder}" for words in ON_A_FOLDER]
+    asked = [f"{words.format(copy=tmp_path / 'copy')} --data-dir {folder}" for words in ON_A_FOLDER]
     done = run(_EACH, *asked)
     assert done.returncode == 0, done.stderr
 
@@ -135,7 +135,7 @@ def test_commands_on_a_service_need_no_extra(service: dict[str, str], commands_o
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("command", ["serve", "openapi", "backup copy", "key list"])
+@pytest.mark.parametrize("command", ["serve", "openapi", "backup copy", "migrate --to-data-dir copy", "key list"])
 def test_a_command_that_lacks_the_extra_says_so(folder: Path, command: str) -> None:
     """The error is one line with the `pip install` to paste."""
     of_folder = () if command == "openapi" else ("--data-dir", str(folder))

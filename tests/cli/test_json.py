@@ -59,6 +59,7 @@ SUCCEED = {
     "doctor": "doctor",
     "bench": f"bench {NAME} --seconds 0.1",
     "backup": "backup {folder}/copy --data-dir {data}",
+    "migrate": "migrate --data-dir {data} --to-data-dir {folder}/moved",
     "openapi": "openapi",
     "deploy": "deploy nginx",
 }
@@ -66,6 +67,7 @@ SUCCEED = {
 FAIL = {
     "serve": ("serve --dev --host 0.0.0.0", "invalid-input"),
     "backup": ("backup {folder} --data-dir {data}", "conflict"),
+    "migrate": ("migrate --data-dir {data}", "invalid-input"),
     "openapi": ("openapi -o {folder}", "invalid-request"),
     "deploy": ("deploy grafana -o {folder}", "invalid-request"),
     "convert": (f"convert {LLAMA} {LLAMA}", "conflict"),

@@ -16,7 +16,7 @@ from tests.conftest import CORPUS, Server, running_server
 
 LLAMA = CORPUS / "cases" / "llama-n20-emb" / "adapter"
 WAY = {"--url", "--api-key", "--uds", "--ca-file"}
-OF_NO_SERVICE = {"serve", "demo", "convert", "backup", "openapi", "deploy"}
+OF_NO_SERVICE = {"serve", "demo", "convert", "backup", "migrate", "openapi", "deploy"}
 
 
 def commands(group: Any, *names: str) -> Iterator[tuple[tuple[str, ...], set[str]]]:

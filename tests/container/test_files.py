@@ -80,7 +80,7 @@ def test_compose_starts_a_confined_service() -> None:
     assert service["security_opt"] == ["no-new-privileges:true"]
     assert service["ports"] == ["${PREFIX_PUBLISH:-127.0.0.1:8080}:8080"]
     assert service["volumes"] == ["data:/data"]
-    assert _compose()["volumes"].keys() == {"data"}
+    assert "data" in _compose()["volumes"]
     assert "healthcheck" not in service, "the image's own is inherited"
 
 

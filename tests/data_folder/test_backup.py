@@ -14,7 +14,6 @@ import httpx
 import pytest
 
 from prefix_service.catalog.audit import AuditLog
-from prefix_service.catalog.catalog import Catalog
 from prefix_service.catalog.changes import catalog_id, changes_after
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.descriptions import Descriptions
@@ -27,6 +26,7 @@ from prefix_service.errors import Conflict, NotFound
 from prefix_service.prefix.description import Description
 from prefix_service.settings import Settings
 from tests.api.helpers import upload, weights
+from tests.catalog.conftest import HoldingCatalog
 from tests.commands import run_command
 from tests.conftest import Server, running_server
 
@@ -109,7 +109,7 @@ def test_what_stands_beside_versions_is_in_the_copy(settings: Settings, tmp_path
     hour = datetime(2026, 11, 26, 5)  # noqa: DTZ001 - as the catalog has it, in UTC
     with keys_of(settings) as (keyring, _), closing(Database(catalog_file(settings.data_dir))) as database:
         own = keyring.verify(keyring.create(None, "admin", "mine", COMMAND_LINE)[1])
-        Catalog(database).add_version("acme", "a", new, own, description=described, make_tenant=True)
+        HoldingCatalog(database).add_version("acme", "a", new, own, description=described, make_tenant=True)
         UsageStore(database).add([Use(hour, "acme", "a", 1, own.key_id, requests=3)])
     back_up(settings, tmp_path / "copy", lambda _: None)
     with closing(Database(catalog_file(tmp_path / "copy"))) as copied:

@@ -11,7 +11,6 @@ import pytest
 import sqlalchemy as sa
 
 from prefix_service.blobs.folder import FolderBlobStore
-from prefix_service.catalog.catalog import Catalog
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.deletions import Deletions
 from prefix_service.catalog.garbage import Garbage
@@ -22,6 +21,7 @@ from prefix_service.catalog.tenants import Tenants
 from prefix_service.data_folder.collector import Collected, Collector, Lost, collecting
 from prefix_service.errors import NotFound
 from prefix_service.prefix.references import parse_reference
+from tests.catalog.conftest import HoldingCatalog
 
 HOUR = 3600.0
 
@@ -60,13 +60,13 @@ def published(
     """Publishes a version with two blobs of its own, committed so long ago; returns their digests."""
     digests = [stored(blobs, f"{word} {part}".encode(), hours_ago) for part in ("weights", "key_values")]
     new = NewVersion(f"sha256:{word}", "{}", None, digests[0], 9, "float32", digests[1], 9)
-    Catalog(database).add_version("acme", adapter, new, COMMAND_LINE)
+    HoldingCatalog(database).add_version("acme", adapter, new, COMMAND_LINE)
     return digests
 
 
 def delete(database: Database, reference: str, hours_ago: float = 0) -> None:
     """Deletes a reference, dated so long ago."""
-    Catalog(database).delete("acme", parse_reference(reference), COMMAND_LINE)
+    HoldingCatalog(database).delete("acme", parse_reference(reference), COMMAND_LINE)
     while Deletions(database).remove_slice():
         pass
     with database.writing() as connection:
@@ -185,7 +185,7 @@ def test_collecting_while_everybody_publishes_and_deletes(database: Database, bl
             digests = published(database, blobs, word, f"a{worker}", hours_ago=0)
             assert all(blobs.exists(digest) for digest in digests)
             if number % 2:
-                Catalog(database).delete("acme", parse_reference(f"a{worker}"), COMMAND_LINE)
+                HoldingCatalog(database).delete("acme", parse_reference(f"a{worker}"), COMMAND_LINE)
 
     with ThreadPoolExecutor(5) as pool:
         collecting_all = pool.submit(collect)

@@ -12,13 +12,14 @@ import torch
 from safetensors.torch import load_file, save
 
 from prefix_service.blobs.folder import FolderBlobStore
-from prefix_service.catalog.catalog import Catalog
 from prefix_service.catalog.database import Database
+from prefix_service.catalog.garbage import Garbage
 from prefix_service.catalog.keys import Keyring
 from prefix_service.catalog.records import COMMAND_LINE, Principal, Quotas, Version
 from prefix_service.catalog.tenants import Tenants
 from prefix_service.catalog.threads import write_catalog
 from prefix_service.errors import CorruptBlob, OutOfSpace, QuotaExceeded, ReadOnly, Unavailable
+from prefix_service.library import encodings
 from prefix_service.library.arrivals import Target
 from prefix_service.library.encodings import EncodedAgain
 from prefix_service.library.plan import Limits, PrefixRequest
@@ -30,6 +31,7 @@ from prefix_service.prefix.wire.masks import InputMask
 from prefix_service.registry.registry import AdapterRegistry
 from tests.admission import generous_admission
 from tests.blobs.test_folder import largest_file
+from tests.catalog.conftest import HoldingCatalog, remove_deleted
 from tests.conftest import CORPUS
 
 TARGET = Target("acme", "a", COMMAND_LINE)
@@ -97,7 +99,7 @@ def with_other_bits(database: Database, tmp_path: Path, version: Version) -> Ver
     data[-4] ^= 1
     staged = FolderBlobStore(tmp_path / "blobs").stage()
     staged.write(data)
-    return Catalog(database).replace_key_values(version, staged.commit())
+    return HoldingCatalog(database).replace_key_values(version, staged.commit())
 
 
 async def test_an_mlp_that_gives_other_bits_gets_another_entity_tag(
@@ -114,7 +116,7 @@ async def test_an_mlp_that_gives_other_bits_gets_another_entity_tag(
     with pytest.raises(EncodedAgain) as again:
         await body_of(cases, old)
     new = again.value.version
-    assert new == Catalog(database).resolve("acme", parse_reference("a"))
+    assert new == HoldingCatalog(database).resolve("acme", parse_reference("a"))
     assert new.key_values == version.key_values
     flags = torch.tensor([[0, 1, 1], [1, 1, 1]], dtype=torch.uint8)
     for mask in (None, InputMask(flags, torch.int64)):
@@ -161,9 +163,9 @@ async def test_who_loses_the_race_takes_the_winners_bits(cases: UseCases, databa
     """Two processes that encode again, each with other bits: the catalog keeps what came first."""
     version = await published(cases, "gpt2-n20-proj-trainstate")
     old = with_other_bits(database, tmp_path, version)
-    first = Catalog(database).replace_key_values(old, version.key_values)
+    first = HoldingCatalog(database).replace_key_values(old, version.key_values)
     assert first.key_values == version.key_values
-    assert Catalog(database).replace_key_values(old, f"sha256:{'0' * 64}") == first
+    assert HoldingCatalog(database).replace_key_values(old, f"sha256:{'0' * 64}") == first
 
 
 async def test_lost_bits_are_served_though_the_disk_is_full(
@@ -234,6 +236,21 @@ async def test_a_read_only_library_serves_what_it_can_make(cases: UseCases, data
             pytest.fail("a read-only service takes an upload")
     assert sorted((tmp_path / "blobs").rglob("*")) == before
     read_only.close()
+
+
+async def test_bytes_that_are_being_removed_are_refused(
+    cases: UseCases, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A publication does not wait for ever for a collector that removes the same bytes, and stores nothing."""
+    monkeypatch.setattr(encodings, "_REMOVAL", 0.0)
+    version = await published(cases, "llama-n20-emb")
+    HoldingCatalog(database).delete("acme", parse_reference("a"), COMMAND_LINE)
+    remove_deleted(database)
+    condemned = Garbage(database).condemn([version.key_values], 0)
+    with pytest.raises(Unavailable, match="another process is removing the same bytes"):
+        await published(cases, "llama-n20-emb")
+    Garbage(database).acquit(condemned)
+    assert (await published(cases, "llama-n20-emb")).key_values == version.key_values
 
 
 async def test_a_blob_folder_that_is_gone_is_not_damage(cases: UseCases, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def feed(database: Database) -> ChangeFeed:
 
 @pytest.fixture
 async def watchers(database: Database, feed: ChangeFeed) -> Watchers:
-    made = Watchers(database, 100)
+    made = Watchers(database, 100, lambda: feed.is_following)
     feed.listen(made.on_changes)
     return made
 
@@ -105,6 +105,36 @@ async def test_many_that_wait_look_once(
     assert (await asyncio.wait_for(sleeper, LONG)).changes == []
 
 
+async def test_who_waits_for_longer_looks_no_more(
+    database: Database, feed: ChangeFeed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A watcher that nothing woke sends no statement, as long as the changes of others arrive; without them it looks
+    each time, so it learns that the catalog is away."""
+    is_following, looks = True, 0
+    watchers = Watchers(database, 100, lambda: is_following)
+    feed.listen(watchers.on_changes)
+    read = watchers._read
+
+    def counted(by: Principal, since: int | None) -> SeenChanges:
+        nonlocal looks
+        looks += 1
+        return read(by, since)
+
+    monkeypatch.setattr(watchers, "_read", counted)
+    since = feed.revision
+    with watchers.begin(of(database, "acme"), for_ever) as watcher:
+        for _ in range(3):
+            assert await watcher.next(since, 0.01) == SeenChanges(since, [])
+        assert looks == 1
+        is_following = False
+        await watcher.next(since, 0)
+        assert looks == 2
+        is_following = True
+        Tenants(database).delete("acme", BY)
+        assert [stored.change.kind for stored in (await watcher.next(since, LONG)).changes] == ["tenant-deleted"]
+    assert looks == 3
+
+
 async def test_a_look_that_began_before_a_change_is_not_shared_after_it(
     watchers: Watchers, database: Database, feed: ChangeFeed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,7 +169,7 @@ async def test_a_look_that_began_before_a_change_is_not_shared_after_it(
 
 async def test_shares(database: Database) -> None:
     """A tenant may be a quarter of the watchers, the platform another; whoever leaves makes room."""
-    watchers = Watchers(database, 2 * SHARE)
+    watchers = Watchers(database, 2 * SHARE, lambda: True)
     acme = of(database, "acme")
     with watchers.begin(acme, for_ever), watchers.begin(acme, for_ever):
         with pytest.raises(Overloaded, match="tenant 'acme' has 2 watchers"), watchers.begin(acme, for_ever):
@@ -148,6 +178,6 @@ async def test_shares(database: Database) -> None:
             pass
     with watchers.begin(acme, for_ever):
         pass
-    few = Watchers(database, 1)
+    few = Watchers(database, 1, lambda: True)
     with few.begin(acme, for_ever), pytest.raises(Overloaded, match="there are 1 watchers"), few.begin(BY, for_ever):
         pass

@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any, Final
 
 import httpx
+import kubernetes_validate
 import pytest
 import yaml
 
 from prefix_service.client import PrefixClient
-from prefix_service.settings import Settings, variable
+from prefix_service.settings import NOT_SETTINGS, Settings, variable
 from prefix_service.system.sizes import parse_bytes
 from tests.benchmarks.speed.peers import started
 from tests.client.forwarder import Forwarder, forwarders
 from tests.conftest import Server, free_port
+from tests.fleet.starting import haproxy_file, haproxy_program
 from tests.missing import not_tested
 from tests.pages.markdown import PACKAGE
 from tests.pages.story import Story, network
@@ -46,19 +48,16 @@ CASE: Final = "service/prefix_service/cli/demo/adapters/capitals-json"
 @pytest.mark.parametrize("file", sorted(FOLDER.iterdir()), ids=lambda file: file.name)
 def test_it_names_settings_that_exist(file: Path) -> None:
     """The files name no setting that the service would not read."""
-    others = {"PREFIX_URL", "PREFIX_API_KEY", "PREFIX_IMAGE", "PREFIX_PUBLISH", "PREFIX_SERVICE_PORT", "PREFIX_"}
+    others = {*NOT_SETTINGS, "PREFIX_SERVICE_PORT", "PREFIX_"}
     assert set(re.findall(r"\bPREFIX_[A-Z_]*", file.read_text())) - others <= SETTINGS
 
 
 @pytest.fixture
 def haproxy(tmp_path: Path, server: Server) -> Iterator[tuple[str, list[Forwarder]]]:
     """Yields the URL of HAProxy with the file's configuration, and three addresses of the service behind it."""
-    program = shutil.which("haproxy", path="/usr/sbin:/usr/bin") or not_tested("HAProxy is not installed")
-    text, port = (FOLDER / "haproxy.cfg").read_text(), free_port()
-    text = re.sub(r"bind :443 .*", f"bind 127.0.0.1:{port}", text)
+    port = free_port()
     with forwarders(server.url, *[("127.0.0.1", 0)] * 3) as replicas:
-        for name, replica in zip("abc", replicas, strict=True):
-            text = re.sub(rf"(server {name}) \S+", rf"\1 127.0.0.1:{replica.port}", text)
+        program, text = haproxy_program(), haproxy_file(port, [replica.port for replica in replicas])
         file = tmp_path / "haproxy.cfg"
         file.write_text(text)
         checked = subprocess.run([program, "-c", "-f", file], capture_output=True, text=True)
@@ -70,16 +69,33 @@ def haproxy(tmp_path: Path, server: Server) -> Iterator[tuple[str, list[Forwarde
             yield f"http://127.0.0.1:{port}", replicas
 
 
-def test_haproxy_sends_all_of_an_adapter_to_one_replica(haproxy: tuple[str, list[Forwarder]], server: Server) -> None:
-    """Its versions, forms and spellings; the next replica takes over where one has gone, and changes pass."""
-    url, replicas = haproxy
-    names = [f"acme/h{number}" for number in range(6)]
+@pytest.fixture
+def nginx(tmp_path: Path, server: Server) -> Iterator[tuple[str, list[Forwarder]]]:
+    """Yields the URL of nginx with the file's configuration, and three addresses of the service behind it."""
+    program = shutil.which("nginx", path="/usr/sbin:/usr/bin") or not_tested("nginx is not installed")
+    port = free_port()
+    site = re.sub("listen 443 ssl;|ssl_certificate.*", "", (FOLDER / "nginx.conf").read_text())
+    site = site.replace("server_name", f"listen 127.0.0.1:{port}; server_name")
+    with forwarders(server.url, *[("127.0.0.1", 0)] * 3) as replicas:
+        (line,) = re.findall(r"server 127\.0\.0\.1:8080 .*;", site)
+        lines = [line.replace(":8080", f":{replica.port}") for replica in replicas]
+        (tmp_path / "site.conf").write_text(site.replace(line, "\n".join(lines)))
+        (tmp_path / "proxy.conf").write_text(NGINX.format(folder=tmp_path))
+        with started([program, "-p", str(tmp_path), "-c", str(tmp_path / "proxy.conf")], port):
+            yield f"http://127.0.0.1:{port}", replicas
+
+
+@pytest.mark.parametrize("proxy", ["haproxy", "nginx"])
+def test_all_of_an_adapter_goes_to_one_replica(proxy: str, server: Server, request: pytest.FixtureRequest) -> None:
+    """Its versions, forms, spellings and protocols; the next replica takes over where one has gone; changes pass."""
+    url, replicas = request.getfixturevalue(proxy)
+    names = [f"acme/{proxy}-{number}" for number in range(6)]
     with PrefixClient(server.url, server.admin_key) as direct:
         for name in names:
             direct.publish(name, CASE)
 
     def seen() -> list[list[bytes]]:
-        found = [[head for head in each.heads if b"/adapters/" in head] for each in replicas]
+        found = [[head for head in each.heads if b"/adapters/" in head or b"/v2/" in head] for each in replicas]
         for each in replicas:
             each.heads = []
         return found
@@ -95,13 +111,18 @@ def test_haproxy_sends_all_of_an_adapter_to_one_replica(haproxy: tuple[str, list
             odd = f"{url}/v1/tenants/{tenant}/adapters/{adapter}%40prod/prefix"
             upgrade = {"Authorization": f"Bearer {server.admin_key}", "Upgrade": "h2c", "Connection": "Upgrade"}
             assert plain.get(odd, headers=upgrade).status_code == 200
+            for model in (f"{tenant}/{adapter}", f"{tenant}%2F{adapter}/versions/1"):
+                assert plain.get(f"{url}/v2/models/{model}", headers=upgrade).status_code == 200
+            load = f"{url}/v2/repository/models/{tenant}/{adapter}/load"
+            assert plain.post(load, headers=upgrade).status_code == 200
             heads = seen()
-            assert sorted(map(len, heads)) == [0, 0, 4]
+            assert sorted(map(len, heads)) == [0, 0, 7]
             homes.append(next(index for index, found in enumerate(heads) if found))
             assert not any(b"h2c" in head for head in heads[homes[-1]])
         replicas[homes[0]].leave()
         for name in names:
             assert client.get(name).version == 1
+            client.put_alias(name, "prod", 1)
 
 
 def test_the_unit_of_systemd(tmp_path: Path) -> None:
@@ -114,6 +135,8 @@ def test_the_unit_of_systemd(tmp_path: Path) -> None:
     assert service["ExecStart"] == "/opt/prefix-service/bin/prefix-service serve"
     assert service["Environment"] == f"PREFIX_DATA_DIR=/var/lib/{service['StateDirectory']}"
     assert int(service["TimeoutStopSec"]) > 30
+    budgets = (Settings.model_fields[f"{name}_bytes"].default for name in ("device", "rendering", "work"))
+    assert sum(budgets) + (1 << 30) < parse_bytes(service["MemoryMax"] + "iB")
     if shutil.which("systemd-analyze") is None:
         not_tested("systemd-analyze is missing: install systemd")
     file = tmp_path / "prefix-service.service"
@@ -122,30 +145,105 @@ def test_the_unit_of_systemd(tmp_path: Path) -> None:
     assert (done.returncode, [line for line in done.stderr.splitlines() if file.name in line]) == (0, [])
 
 
-def _kubernetes() -> dict[str, dict[str, Any]]:
-    documents = list(yaml.safe_load_all((FOLDER / "kubernetes.yaml").read_text()))
-    return {document["kind"]: document for document in documents}
+def _kubernetes(name: str) -> dict[str, dict[str, Any]]:
+    """Returns the objects of a file by kind; of Services the one that has an address."""
+    documents = list(yaml.safe_load_all((FOLDER / f"{name}.yaml").read_text()))
+    return {document["kind"]: document for document in reversed(documents)}
 
 
-def test_the_objects_of_kubernetes() -> None:
-    """The objects run one pod at a time on the volume, as the image's user, with right probes and budgets."""
-    found = _kubernetes()
-    deployment, service = found["Deployment"]["spec"], found["Service"]["spec"]
-    pod = deployment["template"]["spec"]
-    (container,) = pod["containers"]
-    assert (deployment["replicas"], deployment["strategy"]) == (1, {"type": "Recreate"})
-    assert service["selector"].items() <= deployment["template"]["metadata"]["labels"].items()
+OF_KUBERNETES: Final = ("kubernetes", "kubernetes-fleet")
+
+
+@pytest.mark.parametrize("name", OF_KUBERNETES)
+def test_kubernetes_knows_every_field(name: str) -> None:
+    """Every object meets the schema of its kind, strictly: a field that is misspelt would be ignored."""
+    for document in yaml.safe_load_all((FOLDER / f"{name}.yaml").read_text()):
+        kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
+
+
+@pytest.mark.parametrize("name", OF_KUBERNETES)
+def test_the_pods_of_kubernetes(name: str) -> None:
+    """They run as the image's user, with right probes, and with budgets that fit their memory."""
+    found = _kubernetes(name)
+    template = found["Deployment" if "Deployment" in found else "StatefulSet"]["spec"]["template"]
+    pod, (container,) = template["spec"], template["spec"]["containers"]
+    for kind in ("Service", "NetworkPolicy"):
+        spec = found[kind]["spec"]
+        chosen = spec["selector"] if kind == "Service" else spec["podSelector"]["matchLabels"]
+        assert chosen.items() <= template["metadata"]["labels"].items()
     assert pod["enableServiceLinks"] is False
+    assert pod["automountServiceAccountToken"] is False
     assert pod["terminationGracePeriodSeconds"] > 30
     assert pod["securityContext"]["runAsUser"] == 10001
+    assert container["securityContext"]["readOnlyRootFilesystem"] is True
     probes = {name: container[f"{name}Probe"]["httpGet"]["path"] for name in ("startup", "liveness", "readiness")}
     assert probes == {"startup": "/livez", "liveness": "/livez", "readiness": "/readyz"}
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    used = [port["port"] for rule in found["NetworkPolicy"]["spec"]["ingress"] for port in rule["ports"]]
+    assert set(used) == ports.keys()
+    assert ports["http"] == found["Service"]["spec"]["ports"][0]["port"] == 8080
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert mounts["data"] == "/data"
+    volumes = {volume["name"] for volume in pod["volumes"]}
+    volumes |= {
+        claim["metadata"]["name"]
+        for claim in found.get("StatefulSet", {}).get("spec", {}).get("volumeClaimTemplates", [])
+    }
+    assert mounts.keys() == volumes
+    environment = {entry["name"]: entry.get("value", "") for entry in container["env"]}
+    budgets = [environment[f"PREFIX_{kind}_BYTES"] for kind in ("DEVICE", "RENDERING", "WORK")]
+    limits = container["resources"]["limits"]
+    assert sum(map(parse_bytes, budgets)) + (1 << 30) < parse_bytes(limits["memory"] + "B")
+    assert "cpu" in limits
+
+
+def test_one_replica_on_kubernetes() -> None:
+    """One pod at a time is on the volume."""
+    found = _kubernetes("kubernetes")
+    deployment = found["Deployment"]["spec"]
+    assert (deployment["replicas"], deployment["strategy"]) == (1, {"type": "Recreate"})
     claim = found["PersistentVolumeClaim"]["metadata"]["name"]
+    pod = deployment["template"]["spec"]
     assert {"name": "data", "persistentVolumeClaim": {"claimName": claim}} in pod["volumes"]
-    assert {"name": "data", "mountPath": "/data"} in container["volumeMounts"]
-    environment = {entry["name"]: entry["value"] for entry in container["env"]}
-    limit = parse_bytes(container["resources"]["limits"]["memory"] + "B")
-    assert sum(parse_bytes(value) for value in environment.values()) + (1 << 30) < limit
+
+
+def test_a_fleet_on_kubernetes(tmp_path: Path) -> None:
+    """Replicas have names that clients can use, and scale by requests in flight; the secrets are files, and the command
+    that reads them ends in `serve`."""
+    found = _kubernetes("kubernetes-fleet")
+    documents = list(yaml.safe_load_all((FOLDER / "kubernetes-fleet.yaml").read_text()))
+    stateful = found["StatefulSet"]["spec"]
+    (headless,) = [it for it in documents if it["kind"] == "Service" and it["spec"].get("clusterIP") == "None"]
+    assert stateful["serviceName"] == headless["metadata"]["name"]
+    assert "replicas" not in stateful, "the autoscaler's"
+    pod = stateful["template"]["spec"]
+    (container,) = pod["containers"]
+    environment = {entry["name"]: entry.get("value", "") for entry in container["env"]}
+    assert environment["PREFIX_ADVERTISE"] == f"http://$(POD_NAME).{stateful['serviceName']}:8080"
+    assert found["PodDisruptionBudget"]["spec"]["maxUnavailable"] == 1
+    scaler = found["HorizontalPodAutoscaler"]["spec"]
+    assert scaler["scaleTargetRef"]["name"] == found["StatefulSet"]["metadata"]["name"]
+    metric = scaler["metrics"][0]["pods"]
+    assert metric["metric"]["name"] == "prefix_service_requests_in_flight"
+    assert int(metric["target"]["averageValue"]) < Settings.model_fields["max_in_flight"].default
+    claim = stateful["volumeClaimTemplates"][0]["spec"]["resources"]["requests"]["storage"]
+    assert parse_bytes(environment["PREFIX_BLOB_CACHE_BYTES"]) < parse_bytes(claim + "B")
+    (mount,) = [it["mountPath"] for it in container["volumeMounts"] if it["name"] == "secrets"]
+    assert Path(environment["PREFIX_KEY_SECRET_FILE"]).parent == Path(mount)
+    (tmp_path / "prefix-service").write_text(
+        '#!/bin/sh\necho "$@ $PGPASSWORD $AWS_ACCESS_KEY_ID $AWS_SECRET_ACCESS_KEY"\n'
+    )
+    (tmp_path / "prefix-service").chmod(0o755)
+    for name in ("PGPASSWORD", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        (tmp_path / name).write_text(f"of {name}\n")
+    words = [word.replace(f"{mount}/", f"{tmp_path}/") for word in [*container["command"], *container["args"]]]
+    done = subprocess.run(words, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, capture_output=True, text=True, check=True)
+    assert done.stdout == "serve of PGPASSWORD of AWS_ACCESS_KEY_ID of AWS_SECRET_ACCESS_KEY\n"
+
+
+def test_the_metric_of_the_autoscaler(server: Server) -> None:
+    """The service counts requests in flight under the name that the files have."""
+    assert "\nprefix_service_requests_in_flight " in server.client().get("/metrics").text
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from prefix_service import errors
 from prefix_service.api.http.problems import STATUSES
 from tests.pages.markdown import PACKAGE, PAGES, README, ROOT, anchors, links, snippets
 
-OF_CLIENT: Final = {errors.DimensionMismatch, errors.InvalidResponse, errors.ConnectionFailed}
+OF_CLIENT: Final = {errors.BaseModelMismatch, errors.DimensionMismatch, errors.InvalidResponse, errors.ConnectionFailed}
 """The errors that only the client raises."""
 API: Final = PACKAGE / "api" / "README.md"
 HEADINGS: Final = [

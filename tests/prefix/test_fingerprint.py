@@ -62,3 +62,10 @@ def test_its_size_is_bounded() -> None:
     assert len(check_fingerprint({"sizes": {"x": "y" * room}})) == MOST_FINGERPRINT
     with pytest.raises(TooLarge, match=f"has {MOST_FINGERPRINT + 1} bytes, and may have {MOST_FINGERPRINT}"):
         check_fingerprint({"sizes": {"x": "y" * (room + 1)}})
+
+
+def test_a_number_in_float32_is_the_same_setting() -> None:
+    """A GGUF file holds 1e-5 as the nearest float32; a setting that differs by more is another one."""
+    norms = Fingerprint(norms={"rms_norm_eps": 1e-5})
+    assert norms.differences(Fingerprint(norms={"rms_norm_eps": 9.999999747378752e-06})) == []
+    assert norms.differences(Fingerprint(norms={"rms_norm_eps": 1e-6})) == [("norms.rms_norm_eps", 1e-5, 1e-6)]

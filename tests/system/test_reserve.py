@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from prefix_service.catalog.catalog import Catalog
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.records import COMMAND_LINE, NewVersion
 from prefix_service.catalog.tenants import Tenants
 from prefix_service.errors import OutOfSpace
 from prefix_service.prefix.references import parse_reference
 from prefix_service.system.reserve import RESERVED_BYTES, Reserve, reserve_file
+from tests.catalog.conftest import HoldingCatalog
 from tests.mounts import fill, small_disk
 
 
@@ -71,7 +71,7 @@ def test_what_deletes_works_on_a_full_disk(disk: Path) -> None:
     """On a full disk aliases, versions, adapters and tenants can be deleted, and nothing can be added."""
     place = disk / "catalog.sqlite"
     database = Database(place)
-    tenants, catalog = Tenants(database), Catalog(database)
+    tenants, catalog = Tenants(database), HoldingCatalog(database)
     tenants.put("acme", COMMAND_LINE)
     manifest = "x" * 2000
     for number in range(200):

@@ -41,8 +41,8 @@ def served(needs_vllm: None, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @contextmanager
 def serving_adapters(reference: Reference, folder: Path) -> Iterator[Server]:
-    """Yields a service with every adapter of the small Llama, under the tenant `acme`."""
+    """Yields a service with every adapter of the reference, under the tenant `acme`."""
     with running_server(folder / "data") as server:
-        for name in TOKENS:
+        for name in filter(lambda name: reference.adapter(name).exists(), TOKENS):
             publish(server, f"acme/{name}", reference.adapter(name))
         yield server

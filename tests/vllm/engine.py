@@ -10,8 +10,9 @@ any of these:
 - `{"connect": {<kv_transfer_config>}}`: another connector for this engine, as if it had started with it
 - `{"hooks": true}`: vLLM's hooks that take a request, of which partners are kept from some
 - `{"metrics": true}`: the lines of its metrics that are ours
-- `{"series": [names, …], "shared": …}`: the series of what is loaded after each list in turn, with or without files
-  that several servers share
+- `{"series": {"readings": [names, …], "shared": …}}`: the series of what is loaded after each list in turn,
+  with or without files that several servers share
+- `{"events": [<jobs>]}`: the blocks that its KV events report for these jobs, without other requests
 - `{"loaded": {<a job>}}`: what the blocks of a prefix hold after its load, as a digest
 - `{"forget": "blocks"}` (vLLM's prefix cache) or `"all"` (what the connectors remember too)
 
@@ -23,6 +24,7 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 
@@ -36,34 +38,32 @@ def main() -> None:
 
 def _answer(questions: Any, answers: Any) -> None:
     from vllm import LLM
+    from vllm.config import KVEventsConfig
 
-    llm = LLM(**json.loads(questions.readline())["engine"])
+    arguments = json.loads(questions.readline())["engine"]
+    if "kv_events_config" in arguments:
+        arguments["kv_events_config"] = KVEventsConfig(**arguments["kv_events_config"])
+    llm = LLM(**arguments)
     _say(answers, {"ready": True})
     for line in questions:
         _say(answers, _done(llm, json.loads(line)))
 
 
 def _done(llm: Any, asked: dict[str, Any]) -> dict[str, Any] | list[list[float]]:
-    match asked:
-        case {"salted": salted}:
-            return _switch_salt(llm, salted)
-        case {"default": adapter}:
-            return _switch_default(llm, adapter)
-        case {"hidden": hidden}:
-            return _switch_hiding(llm, hidden)
-        case {"hooks": _}:
-            return _open_hooks()
-        case {"connect": transfer}:
-            return _connect(llm, transfer)
-        case {"metrics": _}:
-            return _metrics()
-        case {"series": readings, "shared": shared}:
-            return _series(llm, readings, shared)
-        case {"loaded": job}:
-            return _digest_loaded(llm, job)
-        case {"forget": what}:
-            return _forget(llm, what)
-    return _run(llm, **asked)
+    (verb, value), *_ = asked.items()
+    verbs: dict[str, Callable[..., Any]] = {
+        "salted": _switch_salt,
+        "default": _switch_default,
+        "hidden": _switch_hiding,
+        "connect": _connect,
+        "hooks": _open_hooks,
+        "metrics": _metrics,
+        "series": _series,
+        "events": _events,
+        "loaded": _digest_loaded,
+        "forget": _forget,
+    }
+    return verbs[verb](llm, value) if verb in verbs else _run(llm, **asked)
 
 
 def _say(answers: Any, what: Any) -> None:
@@ -159,7 +159,7 @@ def _connect(llm: Any, transfer: dict[str, Any]) -> dict[str, Any]:
     return {"error": None}
 
 
-def _open_hooks() -> dict[str, list[str]]:
+def _open_hooks(llm: Any, _: bool) -> dict[str, list[str]]:
     import inspect
 
     from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorBase_V1, SupportsHMA
@@ -173,14 +173,14 @@ def _open_hooks() -> dict[str, list[str]]:
     return {"open": sorted(hooks - set(vars(_Unseeing))), "closed": sorted(hooks & set(vars(_Unseeing)))}
 
 
-def _metrics() -> dict[str, list[str]]:
+def _metrics(llm: Any, _: bool) -> dict[str, list[str]]:
     import prometheus_client
 
     lines = prometheus_client.generate_latest().decode().splitlines()
     return {"lines": [line for line in lines if line.startswith("vllm:prefix_adapter_")]}
 
 
-def _series(llm: Any, readings: list[list[str]], shared: bool) -> list[list[float]]:
+def _series(llm: Any, asked: dict[str, Any]) -> list[list[float]]:
     import functools
 
     from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -189,19 +189,40 @@ def _series(llm: Any, readings: list[list[str]], shared: bool) -> list[list[floa
 
     registry = CollectorRegistry()
     kinds = {kind: functools.partial(kind, registry=registry) for kind in (Gauge, Counter, Histogram)}
-    if shared:
+    if asked["shared"]:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = "/"
     try:
         made = PrefixMetrics(llm.llm_engine.vllm_config, kinds, ["engine"], {0: ["0"]})
     finally:
         os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
     values = []
-    for names in readings:
+    for names in asked["readings"]:
         counted: dict[str, Any] = {"load_seconds": [], "load_bytes": 0, "wait_seconds": [], "failures": 0}
         made.observe({**counted, "loaded": [[name, "cpu"] for name in names]})
         samples = [sample for metric in registry.collect() for sample in metric.samples]
         values.append([sample.value for sample in samples if sample.name == "vllm:prefix_adapter_loaded"])
     return values
+
+
+def _events(llm: Any, jobs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Takes the place of the publisher of KV events while jobs run one by one, without blocks in the prefix cache."""
+    publisher = llm.llm_engine.engine_core.engine_core.scheduler.kv_event_publisher
+    publish, seen = publisher.publish, []
+    llm.reset_prefix_cache()
+    publisher.publish = lambda batch: seen.extend(batch.events)
+    try:
+        for job in jobs:
+            _run(llm, [job], 2)
+            seen.append(None)
+    finally:
+        publisher.publish = publish
+    stored: list[list[Any]] = [[]]
+    for event in seen[:-1]:
+        if event is None:
+            stored.append([])
+        elif type(event).__name__ == "BlockStored":
+            stored[-1].append([event.lora_name, len(event.token_ids)])
+    return {"stored": stored}
 
 
 def _digest_loaded(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
@@ -214,16 +235,17 @@ def _digest_loaded(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
     blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
     llm.reset_prefix_cache()
     for layer in half._layers.values():
-        layer.kv_cache.zero_()
+        layer.module.kv_cache.zero_()
     digest, tokens, write = hashlib.sha256(), [], half._write
 
     def write_and_read(load: Any, prefixes: Any) -> None:
         write(load, prefixes)
         tokens.append(load.end - load.start)
         for layer in half._layers.values():
-            axis = list(layer.kv_cache.shape).index(blocks)
-            for block in load.block_ids:
-                digest.update(layer.kv_cache.select(axis, block).contiguous().numpy().tobytes())
+            cache = layer.module.kv_cache
+            axis = list(cache.shape).index(blocks)
+            for block in load.block_ids[layer.group]:
+                digest.update(cache.select(axis, block).contiguous().numpy().tobytes())
 
     half._write = write_and_read
     try:

@@ -1,7 +1,8 @@
-"""Makes a small Llama with random weights and adapters of PEFT for it, and generates with PEFT."""
+"""Makes a small model with random weights and adapters of PEFT for it, and generates with PEFT."""
 
 import json
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -9,7 +10,7 @@ from typing import Any, Final
 import torch
 from peft import PeftModel, PrefixTuningConfig, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
 VOCABULARY: Final = 1000
 TOKENS: Final = {"a": 20, "b": 20, "c": 64, "d": 45, "b2": 20, "large": 300}
@@ -83,16 +84,14 @@ class Reference:
 
     def _loaded(self, adapter: str | None) -> Any:
         if adapter not in self._models:
-            base = LlamaForCausalLM.from_pretrained(self.model, dtype=torch.float32)
+            base = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32)
             tuned = base if adapter is None else PeftModel.from_pretrained(base, self.adapter(adapter))
             self._models[adapter] = tuned.train(mode=False)
         return self._models[adapter]
 
 
-def make_reference(folder: Path) -> Reference:
-    """Writes the model and its adapters."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
+def _llama() -> PreTrainedConfig:
+    return LlamaConfig(
         hidden_size=256,
         intermediate_size=512,
         num_hidden_layers=4,
@@ -105,10 +104,19 @@ def make_reference(folder: Path) -> Reference:
         initializer_range=0.08,
         dtype="float32",
     )
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
-    for number, (name, tokens) in enumerate(TOKENS.items()):
-        torch.manual_seed(100 + number)
-        base = LlamaForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+
+
+def make_reference(
+    folder: Path, config: PreTrainedConfig | None = None, adapters: Iterable[str] = tuple(TOKENS)
+) -> Reference:
+    """Writes a model, a Llama if there is no config of another, and its adapters."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config or _llama())  # type: ignore[no-untyped-call]
+    model.save_pretrained(folder / "model")
+    for name in adapters:
+        torch.manual_seed(100 + list(TOKENS).index(name))
+        base = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+        tokens = TOKENS[name]
         tuned = get_peft_model(base, PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=tokens))
         for parameter in tuned.prompt_encoder.parameters():
             torch.nn.init.normal_(parameter)

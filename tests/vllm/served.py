@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,7 +13,9 @@ import torch
 import transformers
 
 import prefix_service.cli.demo
+from prefix_service.checkpoints.base_models import read_fingerprint
 from prefix_service.cli.demo.model import LanguageModel
+from prefix_service.client import PrefixClient
 from tests.benchmarks.growth.folder import BIG, fill
 from tests.conftest import Server, running_server
 from tests.vllm.driver import openai_server, transfer_config
@@ -25,6 +27,7 @@ ASKED: Final[dict[str, list[dict[str, Any]]]] = json.loads((FOLDER / "questions.
 KEY: Final = "for-tests"
 MANY: Final = 5000
 """Adapters of another tenant, which no test asks for an answer."""
+OTHER_WEIGHTS: Final = "sampled-bfloat16-sha256:0"
 LORA: Final = "org/lora"
 _ALPHA: Final = 16
 SDK_ROWS: Final = [
@@ -81,16 +84,18 @@ def serving(model: Path, folder: Path) -> Iterator[Served]:
     options = ["--middleware", "prefix_service.client.vllm.PrefixMiddleware", "--enable-scale-out", "--api-key", KEY]
     options += ["--enable-lora", "--max-loras", "2", "--max-lora-rank", "8"]
     options += ["--lora-modules", f"{LORA}={folder / 'lora'}"]
-    with _hosting(folder / "data") as service:
-        transfer = transfer_config(service.url, adapters=["demo/*", f"{BIG}/*"], other_parameters=["do_remote_decode"])
+    with _hosting(folder / "data", model) as service:
+        extra = {"other_parameters": ["do_remote_decode"], "base_model_check": "refuse"}
+        transfer = transfer_config(service.url, adapters=["demo/*", f"{BIG}/*"], **extra)
         with openai_server(folder, model, transfer, service.admin_key, *options) as client:
             client.headers["Authorization"] = f"Bearer {KEY}"
             yield Served(client, by_lora)
 
 
 @contextmanager
-def _hosting(data: Path) -> Iterator[Server]:
-    """Yields a service with the demo's adapters, one that callers may not name, and thousands of another tenant."""
+def _hosting(data: Path, model: Path) -> Iterator[Server]:
+    """Yields a service with the demo's adapters, one that callers may not name, and thousands of another tenant, the
+    first of which was made for another base model."""
     with running_server(data) as server:
         publish(server, f"{BIG}/first", FOLDER / "adapters" / "sentiment")
     fill(data, MANY)
@@ -98,6 +103,11 @@ def _hosting(data: Path) -> Iterator[Server]:
         for name in ASKED:
             publish(server, f"demo/{name}", FOLDER / "adapters" / name)
         publish(server, "hidden/sentiment", FOLDER / "adapters" / "sentiment")
+        base_model = read_fingerprint(model)
+        with PrefixClient(server.url, server.admin_key) as client:
+            for name in ASKED:
+                client.put_base_model(f"demo/{name}", base_model)
+            client.put_base_model(f"{BIG}/first", replace(base_model, weights_index=OTHER_WEIGHTS))
         yield server
 
 

@@ -23,7 +23,8 @@ MIXED = [("a", "short"), ("b", "short"), (None, "short"), ("c", "middle"), ("d",
 @pytest.fixture(scope="module")
 def asking(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Asking]:
     """Yields one engine with prefix caching on, which is vLLM's default."""
-    with started(reference, tmp_path_factory.mktemp("engine")) as asking:
+    events = {"enable_kv_cache_events": True, "publisher": "null"}
+    with started(reference, tmp_path_factory.mktemp("engine"), kv_events_config=events) as asking:
         yield asking
 
 
@@ -217,12 +218,21 @@ def test_metrics_name_the_adapters_that_are_loaded(asking: Asking) -> None:
     assert 0 < more("load_seconds_sum") < more("wait_seconds_sum") + 1e-6
 
 
+def test_kv_events_name_the_adapter_where_vllm_names_a_lora(asking: Asking) -> None:
+    """A router learns from vLLM's KV events which blocks are an adapter's, those of its text behind it included."""
+    jobs = [asking.job(*row) for row in (("a", "long"), (["c", "d"], "short"), (None, "long"), ("nosuch", "long"))]
+    stored = asking.engine.ask({"events": jobs})["stored"]
+    names = [{name for name, _ in blocks} for blocks in stored]
+    assert names == [{"acme/a"}, {"acme/c,acme/d"}, {None}, set()]
+    assert [sum(tokens for _, tokens in blocks) for blocks in stored[:3]] == [96, 96, 64]
+
+
 def test_the_series_of_what_is_loaded_are_bounded(asking: Asking) -> None:
     """A series ends with its adapter; if servers share files, it stays at 0, and there are at most 1,000."""
     readings = [["a", "b"], ["b"], ["a"], [f"n{number}" for number in range(1000)]]
 
     def series(*, shared: bool) -> Any:
-        return asking.engine.ask({"series": readings, "shared": shared})
+        return asking.engine.ask({"series": {"readings": readings, "shared": shared}})
 
     alone, files = series(shared=False), series(shared=True)
     assert alone[:3] == [[1, 1], [1], [1]]

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
@@ -9,6 +10,8 @@ import httpx
 import pytest
 
 from prefix_service.client.vllm.middleware import ROUTES
+from tests.benchmarks.growth.folder import BIG
+from tests.pages.markdown import PACKAGE
 from tests.vllm.served import ASKED, Served
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers' own
@@ -71,8 +74,10 @@ def test_completions_say_the_same(openai: httpx.Client) -> None:
 def test_what_is_wrong_with_an_adapter_is_told_before_the_engine(openai: httpx.Client) -> None:
     """The middleware answers 404 or 400 with the reason, in vLLM's form, and other requests go on."""
     name, question = _ROWS[0]
+    base_model = f"{BIG}/first@1 was made for another base model: weights_index is 'sampled-bfloat16-sha256:"
     refused = [
         ("demo/nosuch", {}, 404, "there is no demo/nosuch"),
+        (f"{BIG}/first", {}, 400, base_model),
         ("nosuch", {}, 400, "names no tenant"),
         (7, {}, 400, "must be text such as tenant/adapter@prod"),
         (f"demo/{name}", {"prompt_logprobs": 1}, 400, "cannot have prompt_logprobs"),
@@ -206,3 +211,13 @@ def test_an_adapter_that_would_be_ignored_is_refused(openai: httpx.Client) -> No
     echoing = _chat(openai, adapter, "Why?", echo=True)
     assert (echoing.status_code, "prompt_logprobs" in echoing.json()["error"]["message"]) == (400, True), echoing.text
     assert openai.post("/v1/completions", json=body).status_code == 200
+
+
+def test_the_dashboard_asks_for_numbers_that_vllm_has(openai: httpx.Client) -> None:
+    """Each number of Grafana's panels is in vLLM's `/metrics`."""
+    assert _chat(openai, _PARAMS["prefix_adapter"], "Why?", max_tokens=1).status_code == 200
+    dashboard = (PACKAGE / "deploy" / "grafana-vllm.json").read_text()
+    names = set(re.findall(r"\bvllm:\w+", dashboard))
+    text = openai.get("/metrics").text
+    assert len(names) == 5
+    assert {name for name in names if not re.search(rf"^{name}{{", text, re.MULTILINE)} == set()

@@ -24,6 +24,7 @@ from prefix_service.api.middleware.in_flight import InFlightMiddleware
 from prefix_service.api.middleware.rates import RateLimits
 from prefix_service.api.middleware.request_log import RequestMiddleware
 from prefix_service.api.middleware.revisions import RevisionMiddleware
+from prefix_service.api.middleware.streams import StreamMiddleware
 from prefix_service.api.middleware.strict_paths import StrictPathMiddleware
 from prefix_service.api.middleware.traces import TraceMiddleware, exported
 from prefix_service.api.middleware.usage_counts import UsageCounts
@@ -91,6 +92,7 @@ class App(FastAPI):
         behind = RevisionMiddleware(behind, state.following, state.revisions)
         behind = InFlightMiddleware(behind, state.admission)
         behind = AuthenticationMiddleware(behind, state.authenticator)
+        behind = StreamMiddleware(behind)
         front: ASGIApp = RequestMiddleware(
             behind, state.metrics, state.usage_counts, state.live, state.following.catalog_id
         )
@@ -215,7 +217,7 @@ def _compose(
     if settings.catalog_url is not None and not settings.read_only:
         beats = Replicas(database, replica_id(settings.data_dir))
     fleet = Fleet(beats, feed, registry, rates.divide, address=settings.advertise, release=version("prefix-service"))
-    watchers = Watchers(database, settings.max_watchers)
+    watchers = Watchers(database, settings.max_watchers, lambda: feed.is_following)
     # Watchers last: when they wake, a revoked key is known to be.
     for listening in (cases.residency, cases.publisher, known_keys, rates, statistics, usage_counts, watchers):
         feed.listen(_on_this_loop(listening.on_changes))

@@ -4,8 +4,10 @@ import contextlib
 import fcntl
 import hashlib
 import logging
+import math
 import os
 import secrets
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -123,15 +125,16 @@ class FolderBlobStore:
                 return
         raise Unavailable(f"the blob folder {self._root.name} is gone: mount it again, or bring it back")
 
-    def remove(self, digests: Sequence[str], older_than: float) -> set[str]:
+    def remove(self, digests: Sequence[str], older_than: float, within: float = math.inf) -> set[str]:
         """Removes blobs that were not committed again within the last `older_than` seconds; returns the removed
-        digests.
+        digests. After `within` seconds no removal begins.
 
         A commit waits for at most `_REMOVED_TOGETHER` removals.
 
         Raises:
             StorageFailed: the disk refused; some blobs may be removed.
         """
+        until = time.monotonic() + within
         limit = self._staging.now() - older_than
         gone = set()
         for begin in range(0, len(digests), _REMOVED_TOGETHER):
@@ -139,7 +142,7 @@ class FolderBlobStore:
                 for digest in digests[begin : begin + _REMOVED_TOGETHER]:
                     path = self.path(digest)
                     with contextlib.suppress(FileNotFoundError):
-                        if path.stat().st_mtime <= limit:
+                        if path.stat().st_mtime <= limit and time.monotonic() < until:
                             path.unlink()
                             gone.add(digest)
         return gone

@@ -3,8 +3,10 @@
 import contextlib
 import hashlib
 import logging
+import math
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -96,13 +98,15 @@ class S3BlobStore:
         """
         return self._bucket.head(path_of(digest)) is not None
 
-    def remove(self, digests: Sequence[str], older_than: float) -> set[str]:
+    def remove(self, digests: Sequence[str], older_than: float, within: float = math.inf) -> set[str]:
         """Removes blobs that were not committed again within the last `older_than` seconds; returns the removed
-        digests. A blob that is being committed, or read, on this machine stays.
+        digests. After `within` seconds no request to remove is sent. A blob that is being committed, or read, on this
+        machine stays.
 
         Raises:
             Unavailable, StorageFailed: the server does not answer, or refuses; some blobs may be removed.
         """
+        until = time.monotonic() + within
         limit = self._bucket.now() - timedelta(seconds=older_than)
         gone: set[str] = set()
         for begin in range(0, len(digests), _REMOVED_TOGETHER):
@@ -112,6 +116,8 @@ class S3BlobStore:
                 found = threads.map(self._bucket.head, map(path_of, free))
                 # The server's times are whole seconds.
                 old = [digest for digest, it in zip(free, found, strict=True) if it and it.modified < limit]
+                if time.monotonic() >= until:
+                    break
                 if old:
                     self._bucket.delete([path_of(digest) for digest in old])
                 for digest in old:

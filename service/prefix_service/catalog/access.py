@@ -97,6 +97,14 @@ def apart_of(url: str, patience: Patience) -> sa.Engine:
     return engine.execution_options(isolation_level="AUTOCOMMIT")
 
 
+def lift_deadlines(connection: sa.Connection) -> None:
+    """Lets the statements of a transaction take as long as they need; SQLite's have no deadline."""
+    if connection.dialect.name == "postgresql":
+        from prefix_service.catalog.postgres import unbounded
+
+        unbounded(connection)
+
+
 def _engine(url: str, **options: Any) -> sa.Engine:
     try:
         from prefix_service.catalog.postgres import engine

@@ -1,7 +1,7 @@
 """Adapters, their immutable versions, and aliases."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict
 from typing import Final
 
@@ -22,6 +22,7 @@ from prefix_service.catalog.database import Database, insert
 from prefix_service.catalog.deletions import hide_adapter, let_go
 from prefix_service.catalog.descriptions import nbytes_of, store
 from prefix_service.catalog.freed import note
+from prefix_service.catalog.garbage import hold, require_held
 from prefix_service.catalog.quotas import Room, require_room_for_version, room
 from prefix_service.catalog.records import SERVICE, NewVersion, Principal, Version
 from prefix_service.catalog.rows import VERSION, aliases_of, find_adapter, missing, version_of
@@ -98,12 +99,13 @@ class Catalog:
     ) -> tuple[Version, bool]:
         """Make a version visible under the next number, with its description, and whether it is new: the same digest is
         the same version, which keeps the description that it has. With `make_tenant` its tenant comes into being with
-        it.
+        it. Its blobs are held, and stored.
 
         Raises:
             Unauthenticated: `by` has no authority any more.
             NotFound: there is no such tenant.
             QuotaExceeded: the tenant's quotas do not allow it.
+            Unavailable: its blobs are not held any more.
         """
         with writing_for(self._database, by) as connection:
             if make_tenant:
@@ -112,6 +114,7 @@ class Catalog:
             existing = _same(connection, owner.id, adapter, new.digest)
             if existing is not None:
                 return existing, False
+            require_held(connection, (new.weights, new.key_values))
             nbytes = new.nbytes + description.nbytes
             require_room_for_version(connection, owner, adapter, nbytes)
             made = insert(connection, adapters).values(tenant_id=owner.id, name=adapter).on_conflict_do_nothing()
@@ -126,6 +129,12 @@ class Catalog:
             record(connection, by, "version.published", tenant, f"{tenant}/{adapter}@{number}", digest=new.digest)
             announce(connection, VersionPublished(tenant, adapter, number, new.digest))
             return _required(_one(connection, adapter_id, versions.c.number == number)), True
+
+    def hold(self, digests: Collection[str]) -> bool:
+        """Keeps blobs that are about to be stored and named from being collected, for the grace period; returns False
+        if a collector is removing one of them at this moment."""
+        with self._database.writing() as connection:
+            return hold(connection, digests)
 
     def abandon(self, tenant_id: int, adapter: str, digest: str, nbytes: int) -> None:
         """Counts the stored bytes of a version that did not come into being, like those of one that was deleted. The
@@ -149,13 +158,15 @@ class Catalog:
         return found
 
     def replace_key_values(self, version: Version, digest: str) -> Version:
-        """Makes `digest` the blob of a version's keys and values, unless another call has replaced that blob since
-        `version` was read; returns the version as the catalog has it now.
+        """Makes `digest`, which is held and stored, the blob of a version's keys and values, unless another call has
+        replaced that blob since `version` was read; returns the version as the catalog has it now.
 
         Raises:
             NotFound: the version was deleted meanwhile.
+            Unavailable: the blob is not held any more.
         """
         with writing_for(self._database, SERVICE) as connection:
+            require_held(connection, (digest,))
             adapter_id = find_adapter(connection, version.tenant, version.adapter)
             row = (versions.c.adapter_id == adapter_id, versions.c.number == version.number)
             expected = versions.c.key_values == version.key_values

@@ -3,6 +3,7 @@ every other, and its first key."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 import sqlalchemy as sa
 
@@ -12,6 +13,9 @@ from prefix_service.catalog.keys import Keyring
 from prefix_service.catalog.records import COMMAND_LINE
 from prefix_service.catalog.schema import catalog, keys
 from prefix_service.errors import Conflict, NotFound
+
+UNFINISHED: Final = "an unfinished migrate"
+"""The blob store of a catalog that `copying.py` is filling; no service has it, not even an older release."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +44,7 @@ def claim(database: Database, mine: Claim, make_first_key: Callable[[sa.Connecti
     keys; otherwise compare. Of processes that start together one does it: the row of the catalog is locked.
 
     Raises:
-        Conflict: the catalog belongs to another secret or blob store.
+        Conflict: the catalog belongs to another secret or blob store, or to an unfinished `migrate`.
         OutOfSpace, StorageFailed: the database refused; nothing was noted.
     """
     with writing_for(database, COMMAND_LINE) as connection:
@@ -58,7 +62,7 @@ def require_claim(database: Database, keyring: Keyring, blob_store: str | None =
     """Compare, without a change; the blob store only if one is given.
 
     Raises:
-        Conflict: the catalog belongs to another secret or blob store.
+        Conflict: the catalog belongs to another secret or blob store, or to an unfinished `migrate`.
         NotFound: nobody has served it yet.
         StorageFailed: the database refused.
     """
@@ -69,6 +73,14 @@ def require_claim(database: Database, keyring: Keyring, blob_store: str | None =
     Claim(keyring.fingerprint, blob_store or found.blob_store).require_same(found)
 
 
+def require_finished(database: Database) -> None:
+    """Raises Conflict if the catalog is the target of a `migrate` that has not come to its end."""
+    with database.reading() as connection:
+        _found(connection, sa.select(catalog.c.key_secret, catalog.c.blob_store))
+
+
 def _found(connection: sa.Connection, query: sa.Select[tuple[str, str]]) -> Claim | None:
     row = connection.execute(query).one()
+    if row.blob_store == UNFINISHED:
+        raise Conflict("a `prefix-service migrate` to this catalog has not come to its end: run it again first")
     return None if row.key_secret is None else Claim(row.key_secret, row.blob_store)

@@ -1,6 +1,7 @@
 """The catalog's database: opening, migration, transactions, and translation of its failures."""
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
@@ -18,14 +19,18 @@ from prefix_service.catalog.access import (
     can_try_again,
     engine_of,
     explained,
+    lift_deadlines,
     translated,
 )
 from prefix_service.catalog.changes import Change, Stored, store
 from prefix_service.catalog.glances import Glances, glances_of
 from prefix_service.catalog.records import Principal
+from prefix_service.catalog.schema import catalog
 from prefix_service.catalog.url import shown
 from prefix_service.errors import ReadOnly, StorageFailed
 from prefix_service.system.reserve import Reserve, reserve_file
+
+log = logging.getLogger("prefix_service")
 
 _MIGRATIONS: Final = Path(__file__).parent / "migrations"
 _MIGRATION_LOCK: Final = 0x7072_6566_6978  # "prefix": any number that all processes agree on
@@ -175,8 +180,8 @@ class Database:
         known = _known()
         with self.reading() as connection:
             found = _revision(connection)
-        if found == max(known):
-            return
+            if found == max(known) or _is_newer_and_usable(connection, found, known):
+                return
         _require_known(found, known, place)
         if self._read_only:
             name = place if isinstance(place, Path) else shown(place)
@@ -189,15 +194,15 @@ class Database:
         from alembic.config import Config
 
         with self.writing() as connection:
+            lift_deadlines(connection)
             if connection.dialect.name == "postgresql":
-                from prefix_service.catalog.postgres import unbounded
-
-                unbounded(connection)
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
-            _require_known(_revision(connection), known, place)
-            config = Config(attributes={"connection": connection})
-            config.set_main_option("script_location", str(_MIGRATIONS))
-            command.upgrade(config, "head")
+            found = _revision(connection)  # another process may have migrated it meanwhile
+            if not _is_newer_and_usable(connection, found, known):
+                _require_known(found, known, place)
+                config = Config(attributes={"connection": connection})
+                config.set_main_option("script_location", str(_MIGRATIONS))
+                command.upgrade(config, "head")
         # SQLite's PRAGMAs would describe the old schema, and PostgreSQL's connection has no deadline any more. A pool's
         # first connection is made under a lock: let it be now.
         self._reads.engine.dispose()
@@ -207,6 +212,17 @@ class Database:
 
 def _known() -> set[str]:
     return {path.name.partition("_")[0] for path in (_MIGRATIONS / "versions").glob("[0-9]*.py")}
+
+
+def _is_newer_and_usable(connection: sa.Connection, found: str | None, known: set[str]) -> bool:
+    """Returns whether a newer release has migrated the catalog in a way that this release need not know: while a fleet
+    is upgraded, both serve it. A SQLite file has one service."""
+    if found is None or found in known or connection.dialect.name != "postgresql":
+        return False
+    if connection.scalar(sa.select(catalog.c.usable_since)) not in known:
+        return False
+    log.warning("the catalog was migrated by a newer release, which this one can work beside", extra={"schema": found})
+    return True
 
 
 def _require_known(found: str | None, known: set[str], place: Path | str) -> None:

@@ -20,6 +20,7 @@ Listener = Callable[[Sequence[Change]], None]
 
 _PAUSE: Final = 0.25  # seconds between two looks
 _STALE: Final = 30.0  # seconds that what is known holds while the catalog cannot be read
+_LATE: Final = 5.0  # seconds without a look, of which there are one or more a second
 _MOST: Final = 10_000  # changes that are read at a time; who missed more forgets everything, which is quicker
 
 
@@ -62,6 +63,11 @@ class ChangeFeed:
     def are_known(self) -> bool:
         """Whether the catalog was read within the last 30 seconds, so that caches of it can be relied on."""
         return time.monotonic() - self._read_at < _STALE
+
+    @property
+    def is_following(self) -> bool:
+        """Whether the catalog was read within the last 5 seconds, so that listeners hear of the changes of others."""
+        return time.monotonic() - self._read_at < _LATE
 
     def catch_up(self) -> None:
         """Call the listeners with what has been committed so far.

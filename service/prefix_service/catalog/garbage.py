@@ -1,20 +1,77 @@
-"""The blobs that the catalog names, and those that deletions let go within the grace period."""
+"""Which blobs must stay: those that a version names, and those that a deletion let go, or that are about to be named,
+within the grace period.
+
+Replicas on different machines store and remove the same blobs, and a bucket has no transactions. So the rows of
+`garbage` say who may do what with a digest:
+
+1. Whoever stores a blob first *holds* its digest: the grace period begins now. A collector that condemned the digest is
+   waited for.
+2. A collector *condemns* the digests that nobody named or held within the grace period, removes their blobs, and then
+   *acquits* the digests.
+3. The transaction that names a blob requires that its digest is still held.
+
+A process that is killed after 1 leaves a blob that is collected after the grace period. A collector that is killed
+within 2 leaves its digests condemned. They are free again after `CONDEMNED` seconds: a collector sends no removal later
+than `REMOVING` seconds after it began to condemn.
+"""
 
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final
 
 import sqlalchemy as sa
 
 from prefix_service.catalog import freed
-from prefix_service.catalog.database import Database, now
+from prefix_service.catalog.database import Database, insert, now
 from prefix_service.catalog.rows import OWNED, PRESENT
 from prefix_service.catalog.schema import adapters, garbage, tenants, versions
+from prefix_service.errors import Unavailable
 
 _PAGE: Final = 1000
 
 SLICE: Final = 250
 """Rows that one transaction removes: others can write again after some tens of milliseconds."""
+
+CONDEMNED: Final = 120.0
+"""Seconds after which a condemned digest is free again, whatever became of the collector."""
+REMOVING: Final = 60.0
+"""Seconds for which a collector removes what it condemned; the rest of `CONDEMNED` is for requests under way."""
+
+
+@dataclass(frozen=True, slots=True)
+class Condemned:
+    """Digests whose blobs a collector may remove now, and the moment at which it condemned them."""
+
+    digests: frozenset[str]
+    moment: datetime
+
+
+def hold(connection: sa.Connection, digests: Collection[str]) -> bool:
+    """Begins a new grace period of digests, in a transaction that ends before their blobs are stored; returns False if
+    one of them is condemned, and all must be held again."""
+    moment = now(connection)
+    # In order: on PostgreSQL two who locked these rows each in its own order would deadlock.
+    rows = [{"digest": digest, "since": moment} for digest in sorted(set(digests))]
+    statement = insert(connection, garbage).values(rows)
+    again = {"since": moment, "condemned": None}
+    statement = statement.on_conflict_do_update(index_elements=["digest"], set_=again, where=_is_free(moment))
+    return len(connection.scalars(statement.returning(garbage.c.digest)).all()) == len(rows)
+
+
+def require_held(connection: sa.Connection, digests: Collection[str]) -> None:
+    """Checks, in the transaction that names blobs, that no collector has removed or will remove them.
+
+    Raises:
+        Unavailable: too much time has passed since they were held.
+    """
+    wanted = set(digests)
+    # Nobody condemns or forgets a locked row before this transaction ends.
+    query = sa.select(garbage.c.digest).where(garbage.c.digest.in_(wanted), garbage.c.condemned.is_(None))
+    if set(connection.scalars(query.order_by(garbage.c.digest).with_for_update())) != wanted:
+        raise Unavailable(
+            "this took longer than PREFIX_GARBAGE_GRACE, and the stored bytes may have been collected: publish again"
+        )
 
 
 class Garbage:
@@ -24,15 +81,46 @@ class Garbage:
         self._database = database
 
     def wanted(self, digests: Collection[str], grace: float) -> set[str]:
-        """Returns those of the blobs that must stay: a version names them, or did within the last `grace` seconds."""
+        """Returns those of the blobs that must stay: a version names them, or did within the last `grace` seconds, or
+        they were held within them."""
         with self._database.reading() as connection:
             lately = garbage.c.since > now(connection) - timedelta(seconds=grace)
-            queries = (
-                sa.select(versions.c.weights).where(versions.c.weights.in_(digests)),
-                sa.select(versions.c.key_values).where(versions.c.key_values.in_(digests)),
-                sa.select(garbage.c.digest).where(garbage.c.digest.in_(digests), lately),
+            late = connection.scalars(sa.select(garbage.c.digest).where(garbage.c.digest.in_(digests), lately))
+            return _named(connection, digests) | set(late)
+
+    def condemn(self, digests: Collection[str], grace: float) -> Condemned:
+        """Condemns those of the digests that are not wanted, and that no other collector has condemned.
+
+        Raises:
+            OutOfSpace, StorageFailed: the database refused.
+        """
+        with self._database.writing(frees=True) as connection:
+            moment = now(connection)
+            since = moment - timedelta(seconds=grace)
+            early = sa.and_(garbage.c.since <= since, _is_free(moment))
+            rows = [{"digest": digest, "since": since, "condemned": moment} for digest in sorted(digests)]
+            statement = insert(connection, garbage).values(rows)
+            statement = statement.on_conflict_do_update(
+                index_elements=["digest"], set_={"condemned": moment}, where=early
             )
-            return {digest for query in queries for digest in connection.scalars(query)}
+            found = set(connection.scalars(statement.returning(garbage.c.digest)))
+            # Looked up once the rows are locked: what names one of them now was committed before.
+            if named := found & _named(connection, found):
+                connection.execute(sa.update(garbage).where(garbage.c.digest.in_(named)).values(condemned=None))
+            return Condemned(frozenset(found - named), moment)
+
+    def acquit(self, condemned: Condemned) -> None:
+        """Frees digests whose blobs are removed, or stay.
+
+        Raises:
+            OutOfSpace, StorageFailed: the database refused.
+        """
+        with self._database.writing(frees=True) as connection:
+            mine = sa.select(garbage.c.digest).where(
+                garbage.c.digest.in_(condemned.digests), garbage.c.condemned == condemned.moment
+            )
+            mine = mine.order_by(garbage.c.digest).with_for_update()
+            connection.execute(sa.delete(garbage).where(garbage.c.digest.in_(mine)))
 
     def expired(self, grace: float) -> datetime:
         """Returns the moment `grace` seconds ago: a collection that begins now removes what was let go before it."""
@@ -43,7 +131,7 @@ class Garbage:
         """Forgets some of what was let go before a moment, and has been collected since; returns whether there may be
         more."""
         with self._database.writing(frees=True) as connection:
-            early = garbage.c.since <= before
+            early = sa.and_(garbage.c.since <= before, _is_free(now(connection)))
             # Another transaction holds a row to let it go again, or to forget it.
             free = sa.select(garbage.c.digest).where(early).order_by(garbage.c.since).limit(SLICE)
             statement = sa.delete(garbage).where(garbage.c.digest.in_(free.with_for_update(skip_locked=True)))
@@ -75,3 +163,14 @@ class Garbage:
             if len(rows) < _PAGE:
                 return
             last = rows[-1].id
+
+
+def _is_free(moment: datetime) -> sa.ColumnElement[bool]:
+    """Returns a condition: no collector has condemned the digest, or it did so too long ago."""
+    return sa.or_(garbage.c.condemned.is_(None), garbage.c.condemned <= moment - timedelta(seconds=CONDEMNED))
+
+
+def _named(connection: sa.Connection, digests: Collection[str]) -> set[str]:
+    """Returns those of the digests that a version names."""
+    columns = versions.c.weights, versions.c.key_values
+    return {found for column in columns for found in connection.scalars(sa.select(column).where(column.in_(digests)))}

@@ -11,6 +11,7 @@ from sqlalchemy import event
 T = TypeVar("T")
 
 _CONNECT: Final = 2  # seconds; libpq takes no less
+_SILENT: Final = 5.0  # seconds in which a client that is alive sends the next statement of its transaction
 _MARGIN: Final = 0.5  # seconds beyond the server's own deadline
 
 
@@ -47,8 +48,8 @@ class BoundedConnection(psycopg.Connection[Any]):
 def engine(url: str, *, statements: float, locks: float, **options: Any) -> sa.Engine:
     """Returns an engine whose statements have `statements` seconds, of which they wait at most `locks` for locks."""
     bounds = f"-c statement_timeout={int(1000 * statements)} -c lock_timeout={int(1000 * locks)}"
-    # A transaction whose client is gone must not hold its locks for ever.
-    idle = f"-c idle_in_transaction_session_timeout={int(1000 * max(60, 2 * statements))}"
+    # A replica that is stopped, or whose connection is half-open, holds a lock that all others wait for.
+    idle = f"-c idle_in_transaction_session_timeout={int(1000 * max(_SILENT, 2 * statements))}"
     arguments = {"options": f"-c timezone=utc {bounds} {idle}", "connect_timeout": _CONNECT}
     made = sa.create_engine(url, connect_args=arguments, **options)
 
@@ -68,6 +69,7 @@ def unbounded(connection: sa.Connection) -> None:
         driver.deadline = None
     connection.exec_driver_sql("SET LOCAL lock_timeout = 0")
     connection.exec_driver_sql("SET LOCAL statement_timeout = 0")
+    connection.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")
 
 
 def received(connection: sa.Connection, seconds: float) -> bool:

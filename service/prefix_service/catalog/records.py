@@ -116,6 +116,8 @@ class Version(NewVersion):
     adapter: str
     number: int
     created: datetime
+    has_fingerprint: bool = False
+    """Whether the fingerprint of its base model was given; not part of the version, since that may come later."""
 
     def __str__(self) -> str:
         return f"{self.tenant}/{self.adapter}@{self.number}"

@@ -6,7 +6,7 @@ from typing import Any, Final
 import sqlalchemy as sa
 
 from prefix_service.catalog.records import Version
-from prefix_service.catalog.schema import adapters, aliases, tenants, versions
+from prefix_service.catalog.schema import adapters, aliases, descriptions, tenants, versions
 from prefix_service.errors import NotFound
 
 OWNED: Final = versions.join(adapters, versions.c.adapter_id == adapters.c.id).join(
@@ -18,8 +18,13 @@ PRESENT: Final = sa.not_(sa.or_(adapters.c.deleted, tenants.c.deleted))
 """Whether neither the adapter nor its tenant was deleted; their rows stay until the collector has removed them."""
 
 VERSION: Final = (
-    sa.select(versions, tenants.c.name.label("tenant"), adapters.c.name.label("adapter"))
-    .select_from(OWNED)
+    sa.select(
+        versions,
+        tenants.c.name.label("tenant"),
+        adapters.c.name.label("adapter"),
+        (sa.func.coalesce(descriptions.c.fingerprint, "") != "").label("has_fingerprint"),
+    )
+    .select_from(OWNED.outerjoin(descriptions, descriptions.c.version_id == versions.c.id))
     .where(PRESENT)
 )
 """The rows of versions, as `version_of` takes them."""

@@ -135,12 +135,14 @@ aliases = sa.Table(
     sa.Column("previous", sa.Integer),
 )
 
-# Blobs that a deletion let go, and since when: their bytes stay for the grace period.
+# Blobs that a deletion let go, or that are about to be named, and since when: their bytes stay for the grace period.
+# `condemned` is the moment at which a collector began to remove them; it is NULL otherwise.
 garbage = sa.Table(
     "garbage",
     metadata,
     sa.Column("digest", sa.Text, primary_key=True),
     sa.Column("since", sa.DateTime, nullable=False, server_default=sa.func.now(), index=True),
+    sa.Column("condemned", sa.DateTime),
 )
 
 # Bytes that deletions let go, by tenant and second: they count towards the tenant's quota until their blobs have been
@@ -172,7 +174,8 @@ audit = sa.Table(
 )
 
 # One row: the random id of this catalog, which a backup keeps, the revision of its latest change, and on PostgreSQL,
-# from the first start on, whose it is (`claim.py`).
+# from the first start on, whose it is (`claim.py`). Releases that know the schema `usable_since`, or a later one, can
+# use this schema, which may be newer than theirs.
 catalog = sa.Table(
     "catalog",
     metadata,
@@ -180,6 +183,7 @@ catalog = sa.Table(
     sa.Column("revision", sa.BigInteger, nullable=False),
     sa.Column("key_secret", sa.Text),
     sa.Column("blob_store", sa.Text),
+    sa.Column("usable_since", sa.Text),
 )
 
 # What `changes.py` stores. `tenant_id` says who may read the row, as in `audit`; without a foreign key, since the row

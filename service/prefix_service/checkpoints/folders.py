@@ -10,7 +10,8 @@ from torch import Tensor
 
 from prefix_service.errors import Conflict, StorageFailed
 from prefix_service.prefix.config import write_config
-from prefix_service.prefix.file_names import CONFIG_NAME, RECIPE_NAME, WEIGHTS_NAME
+from prefix_service.prefix.file_names import BASE_MODEL_NAME, CONFIG_NAME, RECIPE_NAME, WEIGHTS_NAME
+from prefix_service.prefix.fingerprint import NO_FINGERPRINT, Fingerprint
 
 
 def check_folder(folder: Path) -> None:
@@ -19,15 +20,20 @@ def check_folder(folder: Path) -> None:
     Raises:
         Conflict: the folder contains one of an adapter's files already.
     """
-    for name in (CONFIG_NAME, WEIGHTS_NAME, RECIPE_NAME):
+    for name in (CONFIG_NAME, WEIGHTS_NAME, RECIPE_NAME, BASE_MODEL_NAME):
         if (folder / name).exists():
             raise Conflict(f"{folder / name} exists: choose an empty folder")
 
 
 def write_folder(
-    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], recipe: Mapping[str, str] | None = None
+    folder: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    recipe: Mapping[str, str] | None = None,
+    base_model: Fingerprint = NO_FINGERPRINT,
 ) -> None:
-    """Writes an adapter's config, tensors and, if there is one, recipe to a folder, created if it does not exist.
+    """Writes an adapter's config and tensors to a folder, created if it does not exist; with its recipe and its base
+    model's fingerprint, if it has them.
 
     Raises:
         Conflict: the folder contains one of the files already.
@@ -39,6 +45,8 @@ def write_folder(
         save_file(dict(tensors), folder / WEIGHTS_NAME)
         if recipe is not None:
             (folder / RECIPE_NAME).write_text(json.dumps(dict(recipe), indent=2, sort_keys=True) + "\n")
+        if base_model != NO_FINGERPRINT:
+            (folder / BASE_MODEL_NAME).write_text(json.dumps(base_model.known(), indent=2, sort_keys=True) + "\n")
         (folder / CONFIG_NAME).write_bytes(write_config(dict(config)) + b"\n")
     except OSError as error:
         raise StorageFailed(f"{folder} cannot be written: {error.strerror}") from error

@@ -2,17 +2,25 @@
 
 import io
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, TypeVar
 
 from prefix_service.errors import InvalidCheckpoint, InvalidConfig, InvalidInput, InvalidRequest, UnsafeCheckpoint
 from prefix_service.prefix.checkpoint import CHECKPOINT_LAYOUTS, Match, Shape, find_prefix
 from prefix_service.prefix.config import config_type_of
 from prefix_service.prefix.description import check_annotations
-from prefix_service.prefix.file_names import CARD_NAME, CONFIG_NAME, PICKLE_SUFFIXES, RECIPE_NAME, WEIGHTS_NAME
+from prefix_service.prefix.file_names import (
+    BASE_MODEL_NAME,
+    CARD_NAME,
+    CONFIG_NAME,
+    PICKLE_SUFFIXES,
+    RECIPE_NAME,
+    WEIGHTS_NAME,
+)
+from prefix_service.prefix.fingerprint import NO_FINGERPRINT, Fingerprint
 from prefix_service.prefix.json_text import MAX_CONFIG_BYTES, parse_config_json, parse_json
 from prefix_service.prefix.safetensors_header import (
     WEIGHT_DTYPES,
@@ -28,6 +36,8 @@ from prefix_service.prefix.safetensors_header import (
 if TYPE_CHECKING:
     from torch import Tensor
 
+T = TypeVar("T")
+
 _NO_WEIGHTS: Final = frozenset({"training_args", "optimizer", "scheduler", "pytorch_model_head", "model_head"})
 """Stems of files that trainers, and AdapterHub's prediction heads, leave beside the weights."""
 
@@ -40,7 +50,8 @@ class Upload:
     """The files of an upload.
 
     `cut_from` describes which tensors of which layout were cut out of a larger checkpoint; None if the file is sent as
-    it is. `card` is the model card, or None. `recipe` has the annotations by which `compile` describes its result.
+    it is. `card` is the model card, or None. `recipe` has the annotations by which `compile` describes its result,
+    `base_model` the fingerprint of the model that it compiled with.
     """
 
     config: bytes
@@ -49,6 +60,7 @@ class Upload:
     cut_from: str | None
     card: bytes | None
     recipe: Mapping[str, str]
+    base_model: Fingerprint = NO_FINGERPRINT
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,13 +138,14 @@ def prepare_upload(source: Path, config: Path | None = None) -> Upload:
     """Returns the upload of an adapter's folder, or of a full training checkpoint, whose prefix is cut out.
 
     Files that `save_pretrained` wrote are sent byte for byte, with a task head if they have one, and with the folder's
-    README.md as the model card and its prefix_recipe.json as annotations.
+    README.md as the model card, its prefix_recipe.json as annotations and its prefix_base_model.json as the fingerprint
+    of its base model.
 
     Raises:
         InvalidConfig: there is no adapter_config.json, or it belongs to another kind of adapter, such as LORA.
         UnsafeCheckpoint: all weights are pickles.
         InvalidCheckpoint: there are no weights, or none or several prefixes among them, or a file cannot be read.
-        InvalidRequest: the recipe is no object of texts, or too large.
+        InvalidRequest: the recipe is no object of texts, the fingerprint is none, or one of them is too large.
     """
     folder = source if source.is_dir() else source.parent
     config_path = config or folder / CONFIG_NAME
@@ -148,26 +161,30 @@ def prepare_upload(source: Path, config: Path | None = None) -> Upload:
     card_path = folder / CARD_NAME
     with readable(card_path):
         card = card_path.read_bytes() if source.is_dir() and card_path.is_file() else None
-    recipe = _recipe(folder / RECIPE_NAME) if source.is_dir() else {}
+    recipe: Mapping[str, str] = {}
+    base_model = NO_FINGERPRINT
+    if source.is_dir():
+        recipe = _beside(folder / RECIPE_NAME, "recipe", check_annotations) or {}
+        base_model = _beside(folder / BASE_MODEL_NAME, "fingerprint", Fingerprint.of) or NO_FINGERPRINT
     if len(paths) == 1 and (not others or match.layout is CHECKPOINT_LAYOUTS[0]):
         with readable(paths[0]):
-            return Upload(config_json, paths[0].open("rb"), paths[0].stat().st_size, None, card, recipe)
+            return Upload(config_json, paths[0].open("rb"), paths[0].stat().st_size, None, card, recipe, base_model)
     weights = _cut(files, match)
     what = f"{len(match.tensors)} of {len(files.shapes)} tensors ({match.layout.name})"
-    return Upload(config_json, io.BytesIO(weights), len(weights), what, card, recipe)
+    return Upload(config_json, io.BytesIO(weights), len(weights), what, card, recipe, base_model)
 
 
-def _recipe(path: Path) -> dict[str, str]:
-    """Returns the annotations in a recipe; none if there is no such file."""
+def _beside(path: Path, what: str, check: Callable[[Any], T]) -> T | None:
+    """Returns the checked JSON object in a file beside the weights; None if there is no such file."""
     with readable(path):
         if not path.is_file():
-            return {}
+            return None
         with path.open("rb") as file:
             data = file.read(MAX_CONFIG_BYTES + 1)
     try:
-        return check_annotations(parse_json(data, "it"))
+        return check(parse_json(data, "it"))
     except InvalidInput as error:
-        raise InvalidRequest(f"{path} is no recipe: {error}") from error
+        raise InvalidRequest(f"{path} is no {what}: {error}") from error
 
 
 def _cut(files: TensorFiles, match: Match) -> bytes:

@@ -18,6 +18,7 @@ from prefix_service.cli.commands import (
     doctor,
     fetching,
     key,
+    migrate,
     publishing,
     residency,
     serve,
@@ -61,6 +62,7 @@ _NEEDS: Final = {
 """Modules of extras, and what to install if one is missing."""
 
 serve.register(app)
+migrate.register(app)
 publishing.register(app)
 compiling.register(app)
 fetching.register(app)

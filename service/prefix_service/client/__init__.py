@@ -9,6 +9,7 @@ prefix = client.get("acme/summarize@prod", batch_size=4, dtype="bfloat16")
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from prefix_service.client.base_model_check import BaseModelWarning
 from prefix_service.client.client import AsyncPrefixClient, PrefixClient
 from prefix_service.client.flows.management import ServiceInfo
 from prefix_service.client.flows.resolving import ResolvedVersion
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AsyncPrefixClient",
+    "BaseModelWarning",
     "Fingerprint",
     "MixedPrefix",
     "Prefix",

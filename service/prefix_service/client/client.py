@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self
 import httpx
 
 from prefix_service.client import options
+from prefix_service.client.base_model_check import BaseModelCheck
 from prefix_service.client.cache.cache import LocalCache
 from prefix_service.client.cache.disk_cache import DiskCache
 from prefix_service.client.flows import calls, management
@@ -59,6 +60,10 @@ class _Client:
             connection is slower than the network: a proxy that limits each, a long way, TLS; not on one machine.
         shared_memory: with `uds`, map files that the service has in shared memory instead of receiving them: no copy.
             Not with `pin_memory`.
+        base_model_check: what happens if a version's base model, by its fingerprint, is not the model that a prefix is
+            given to (`to_cache`, `generate`): `"warn"` (`BaseModelWarning`), `"refuse"` (`BaseModelMismatch`), or
+            `"off"`. If a version has a fingerprint, it is asked for after the prefix, at most once a minute, unless it
+            is `"off"`; prefixes from `cache_dir` that need no request are not compared.
 
     Raises:
         InvalidRequest: an argument has a value that it cannot have.
@@ -82,6 +87,7 @@ class _Client:
         pin_memory: bool = False,
         connections: int = 1,
         shared_memory: bool = True,
+        base_model_check: BaseModelCheck = "warn",
     ) -> None:
         base_url, api_key = options.service_urls(base_url, uds), options.service_key(api_key)
         self._arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
@@ -111,6 +117,7 @@ class _Client:
             is_service_known=api_key is not None,
             service=service,
             watched=Watched(service),
+            base_model_check=options.base_model_check("base_model_check", base_model_check),
         )
         self._watch: Watch | None = None
         fetcher = Fetcher(

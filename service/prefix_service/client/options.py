@@ -6,10 +6,11 @@ import math
 import operator
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, Final, TypedDict, cast, get_args
 
+from prefix_service.client.base_model_check import CHECKS, BaseModelCheck
 from prefix_service.errors import InvalidRequest
 from prefix_service.prefix.fingerprint import Fingerprint
 from prefix_service.prefix.ranks import Rank, check_rank
@@ -163,8 +164,8 @@ def file(name: str, value: Any) -> BinaryIO:
     return cast("BinaryIO", value)
 
 
-def fingerprint(name: str, value: Any) -> Mapping[str, Any]:
-    """Returns the JSON object of a fingerprint.
+def fingerprint(name: str, value: Any) -> Fingerprint:
+    """Returns a fingerprint that can be sent.
 
     Raises:
         InvalidRequest: the value is something else, or a field has another type.
@@ -172,7 +173,7 @@ def fingerprint(name: str, value: Any) -> Mapping[str, Any]:
     if not isinstance(value, Fingerprint):
         raise InvalidRequest(f"{name} must be a Fingerprint, got {value!r:.100}")
     json_bytes(name, value.known())
-    return Fingerprint.of(value.known()).known()
+    return Fingerprint.of(value.known())
 
 
 def references(value: Any) -> list[str]:
@@ -184,6 +185,17 @@ def references(value: Any) -> list[str]:
     if isinstance(value, str | bytes) or not isinstance(value, Iterable):
         raise InvalidRequest(f"references must be a list of references, got {value!r:.100}")
     return list(value)
+
+
+def base_model_check(name: str, value: Any) -> BaseModelCheck:
+    """Returns what happens if base models differ.
+
+    Raises:
+        InvalidRequest: the value is something else.
+    """
+    if not isinstance(value, str) or value not in CHECKS:
+        raise InvalidRequest(f"{name} must be one of {', '.join(CHECKS)}, got {value!r:.100}")
+    return cast(BaseModelCheck, value)
 
 
 def callback(name: str, value: Any, arguments: str = "the bytes so far and their total") -> Any:

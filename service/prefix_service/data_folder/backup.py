@@ -59,7 +59,7 @@ def back_up(settings: Settings, target: Path, progress: Callable[[int], None]) -
         partial.mkdir(PRIVATE_FOLDER, parents=True)
         copy = _Copy(blob_store(settings), blob_folder(partial), progress)
         copy.add(blob.digest for blob in copy.source.listed())
-        _snapshot(source, catalog_file(partial))
+        snapshot(source, catalog_file(partial))
         named = _named(catalog_file(partial))
         copy.add(named)
         if settings.key_secret_file is None and settings.secret_file.exists():
@@ -93,7 +93,7 @@ class _Copy:
         self._progress(nbytes)
 
 
-def _snapshot(source: Path, target: Path) -> None:
+def snapshot(source: Path, target: Path) -> None:
     """Copies the catalog as it is at one moment. Writers wait during the copy, so it is not flushed until the end."""
     make_private(target)  # SQLite keeps the mode of an existing file
     with (

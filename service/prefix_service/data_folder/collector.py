@@ -12,7 +12,7 @@ from typing import Final
 from prefix_service.blobs.port import BlobStore, StoredBlob
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.deletions import Deletions
-from prefix_service.catalog.garbage import Garbage
+from prefix_service.catalog.garbage import REMOVING, Garbage
 from prefix_service.catalog.retention import (
     Retention,
     expire_audit,
@@ -76,11 +76,23 @@ class Collector:
         for batch in _batches(old):
             wanted = self._garbage.wanted([blob.digest for blob in batch], self._grace)
             unwanted = [blob.digest for blob in batch if blob.digest not in wanted]
-            gone = self._blobs.remove(unwanted, older_than=self._grace) if unwanted else set()
+            gone = self._remove(unwanted) if unwanted else set()
             blobs, nbytes = blobs + len(gone), nbytes + sum(blob.size for blob in batch if blob.digest in gone)
         if blobs or leftovers:
             log.info("garbage collected", extra={"blobs": blobs, "bytes": nbytes, "leftovers": leftovers})
         return Collected(blobs, nbytes, leftovers)
+
+    def _remove(self, unwanted: list[str]) -> set[str]:
+        """Removes blobs while no replica may store or name them; returns the digests of the removed ones.
+
+        If the blob store fails, it may carry a removal out later: the digests stay condemned for a while.
+        """
+        began = time.monotonic()
+        condemned = self._garbage.condemn(unwanted, self._grace)
+        left = began + REMOVING - time.monotonic()
+        gone = self._blobs.remove(sorted(condemned.digests), older_than=self._grace, within=left)
+        self._garbage.acquit(condemned)
+        return gone
 
     def reconcile(self) -> list[Lost]:
         """Returns the versions with missing blobs, and logs each of them.

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from prefix_service.blobs.folder import FolderBlobStore
 from prefix_service.blobs.port import BlobStore
-from prefix_service.catalog.claim import Claim, claim, require_claim
+from prefix_service.catalog.claim import Claim, claim, require_claim, require_finished
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.keys import Keyring
 from prefix_service.catalog.records import COMMAND_LINE
@@ -106,18 +106,32 @@ def opened(settings: Settings) -> Iterator[int | None]:
     descriptor has ended.
 
     Raises:
-        Conflict: another service runs on the folder, or the catalog belongs to another secret or blob store.
+        Conflict: another service runs on the folder, or the catalog belongs to another secret or blob store, or to an
+            unfinished `migrate`.
         InvalidInput: the catalog's URL needs psycopg.
         NotFound: there is no secret that replicas share; or with `read_only`, no catalog or no secret.
         StorageFailed, OutOfSpace: the disk or the database refused.
     """
-    data_dir = settings.data_dir
     if settings.catalog_url is not None:
-        _require_secret(settings.secret_file)
+        require_secret(settings.secret_file)
     if settings.read_only:
         _require_complete(settings)
         yield None
         return
+    with folder_locked(settings) as handle, _prepared(settings):
+        yield handle
+
+
+@contextlib.contextmanager
+def folder_locked(settings: Settings) -> Iterator[int]:
+    """Makes the data folder if it is missing, and holds it for this process while the block runs; yields the lock's
+    file descriptor.
+
+    Raises:
+        Conflict: another service, or a `migrate`, holds the folder.
+        StorageFailed, OutOfSpace: the disk refused.
+    """
+    data_dir = settings.data_dir
     try:
         with translated(f"use the data folder {data_dir}"):
             data_dir.mkdir(PRIVATE_FOLDER, parents=True, exist_ok=True)
@@ -135,8 +149,7 @@ def opened(settings: Settings) -> Iterator[int | None]:
         with translated(f"write {data_dir / 'lock'}"):
             os.truncate(handle, 0)
             os.write(handle, secrets.token_hex(8).encode())
-        with _prepared(settings):
-            yield handle
+        yield handle
     finally:
         os.close(handle)
 
@@ -147,7 +160,8 @@ def replica_id(data_dir: Path) -> str:
         return (data_dir / "lock").read_text()
 
 
-def _require_secret(path: Path) -> None:
+def require_secret(path: Path) -> None:
+    """Raises NotFound if there is no secret that keys are hashed with."""
     with translated(f"look for {path}"):
         if not path.exists():
             raise NotFound(
@@ -170,6 +184,8 @@ def _require_complete(settings: Settings) -> None:
                 raise NotFound(
                     f"{settings.data_dir} is not a data folder that can be served --read-only: {path} is missing"
                 )
+    with contextlib.closing(Database(catalog_file(settings.data_dir), read_only=True)) as database:
+        require_finished(database)
 
 
 @contextlib.contextmanager
@@ -179,7 +195,7 @@ def keys_of(settings: Settings) -> Iterator[tuple[Keyring, Tenants]]:
 
     Raises:
         NotFound: there is no catalog, or no secret.
-        Conflict: the catalog's keys are hashed with another secret.
+        Conflict: the catalog's keys are hashed with another secret, or a `migrate` to it is unfinished.
         StorageFailed, OutOfSpace: the disk or the database refused.
     """
     place = catalog_place(settings)
@@ -188,10 +204,12 @@ def keys_of(settings: Settings) -> Iterator[tuple[Keyring, Tenants]]:
             if not place.exists():
                 raise NotFound(f"{settings.data_dir} is not a data folder of a service: {place} is missing")
     else:
-        _require_secret(settings.secret_file)
+        require_secret(settings.secret_file)
     with contextlib.closing(Database(place)) as database:
         keyring = Keyring(database, settings.secret_file)
-        if not isinstance(place, Path):
+        if isinstance(place, Path):
+            require_finished(database)
+        else:
             require_claim(database, keyring)
         yield keyring, Tenants(database)
 
@@ -226,7 +244,9 @@ def _prepared(settings: Settings) -> Iterator[None]:
         Reserve(reserve_file(place)).fill()
     database = Database(place)
     try:
-        if not isinstance(place, Path):
+        if isinstance(place, Path):
+            require_finished(database)
+        else:
             _claim(settings, database, blobs)
         retention = Retention(settings.audit_days, settings.changes_days, settings.usage_days)
         with collecting(database, blobs, settings.garbage_grace, retention):

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import time
 from collections.abc import Generator, Iterator
 from dataclasses import replace
 from functools import partial
@@ -42,6 +43,8 @@ log = logging.getLogger("prefix_service")
 
 T = TypeVar("T")
 _KEY_VALUES: Final = "past_key_values"
+_REMOVAL: Final = 5.0  # seconds; a collector takes less for what it removes together
+_POLL: Final = 0.05  # seconds
 _UNOBSERVED: Final = contextlib.nullcontext[ChunkObserver | None](None)
 
 
@@ -85,11 +88,13 @@ class Encodings:
             host = to_host(kv.tensor)
         return replace(kv, tensor=host)
 
-    def storing(self, kv: PrefixKV) -> Generator[None, None, str]:
-        """Stores keys and values, some megabytes per step; returns the digest of the blob.
+    def storing(self, kv: PrefixKV, *others: str) -> Generator[None, None, str]:
+        """Stores keys and values, some megabytes per step; returns the digest of the blob. It is held in the catalog
+        for the version that will name it, with the digests of other blobs that are about to be stored.
 
         Raises:
-            OutOfSpace, StorageFailed: the disk refused.
+            OutOfSpace, StorageFailed: the disk or the catalog refused.
+            Unavailable: another process is removing the same bytes.
             ReadOnly: the blob store only reads.
         """
         staged = self._blobs.stage()
@@ -98,9 +103,24 @@ class Encodings:
                 for first in range(0, len(piece), BLOCK):
                     staged.write(piece[first : first + BLOCK])
                     yield
+            yield from self._holding((staged.digest, *others))
             return staged.commit()
         finally:
             staged.discard()
+
+    def _holding(self, digests: tuple[str, ...]) -> Generator[None, None, None]:
+        """Holds digests, and waits for a collector that is removing one of their blobs, for a moment per step.
+
+        Raises:
+            Unavailable: it takes too long.
+            OutOfSpace, StorageFailed: the catalog refused.
+        """
+        until = time.monotonic() + _REMOVAL
+        while not self._catalog.hold(digests):
+            if time.monotonic() >= until:
+                raise Unavailable("another process is removing the same bytes: try again in a moment", retry_after=10)
+            time.sleep(_POLL)
+            yield
 
     def load(
         self, version: Version, observing: contextlib.AbstractContextManager[ChunkObserver | None] = _UNOBSERVED

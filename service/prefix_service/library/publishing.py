@@ -181,7 +181,7 @@ class Publisher:
         self, draft: NewVersion, config: PrefixConfig, file: LocatedPrefix, upload: Upload
     ) -> Generator[None, None, NewVersion]:
         kv = yield from self._encodings.encoding(config, file, upload.weights.read)
-        key_values = yield from self._encodings.storing(kv)
+        key_values = yield from self._encodings.storing(kv, upload.weights.digest)
         upload.arrival.is_stored = True
         upload.weights.commit()
         return replace(draft, key_values=key_values)

@@ -27,14 +27,21 @@ TOGETHER: Final = 100
 SHARE: Final = 4
 """A tenant may have one in so many of the watchers of a process, and so may the platform."""
 
+_LOOKS_AGAIN: Final = 3600.0
+"""Seconds after which a watcher looks though nothing woke it: its revision must not be older than what is kept."""
+
 _View = tuple[int | None, bool, bool, int | None]
 
 
 class Watchers:
-    """The watchers of one process: at most `most`. Belongs to the event loop; `on_changes` wakes them."""
+    """The watchers of one process: at most `most`. Belongs to the event loop; `on_changes` wakes them.
 
-    def __init__(self, database: Database, most: int) -> None:
-        self._database, self._most = database, most
+    `is_following` returns whether the changes of others arrive here. While they do, a watcher that nothing woke sends
+    no query.
+    """
+
+    def __init__(self, database: Database, most: int, is_following: Callable[[], bool]) -> None:
+        self._database, self._most, self.is_following = database, most, is_following
         self._watching: dict[str | None, set[Watcher]] = {}
         self._total = 0
         self._reads: dict[_View, asyncio.Task[SeenChanges]] = {}
@@ -126,6 +133,8 @@ class Watcher:
     def __init__(self, watchers: Watchers, by: Principal, admit: Callable[[], Awaitable[float]]) -> None:
         self._watchers, self._by, self._admit = watchers, by, admit
         self._woken = asyncio.Event()
+        self._woken.set()  # nothing is known before the first look
+        self._looked_at = 0.0
 
     def wake(self) -> None:
         """Let the watcher look again."""
@@ -133,7 +142,7 @@ class Watcher:
 
     async def next(self, since: int, seconds: float) -> SeenChanges:
         """Returns the changes after a revision that the caller may see: waits for the first of them, but no longer than
-        so many seconds, nor when the process ends.
+        so many seconds, nor when the process ends. `since` is from a look of this watcher, or before its first one.
 
         Raises:
             Unauthenticated: the key was revoked, or has ended.
@@ -141,14 +150,20 @@ class Watcher:
             StorageFailed: the catalog cannot be read.
         """
         deadline = time.monotonic() + seconds
+        seen = SeenChanges(since, [])
         while True:
-            self._woken.clear()
             ends = await self._admit()
-            seen = await self._watchers.read(self._by, since)
+            if self._must_look():
+                self._woken.clear()
+                self._looked_at = time.monotonic()
+                seen = await self._watchers.read(self._by, seen.revision)
             if seen.changes or self._watchers.is_ending or time.monotonic() >= deadline:
                 return seen
-            since = seen.revision
             await self._sleep(min(deadline, ends))
+
+    def _must_look(self) -> bool:
+        is_old = time.monotonic() - self._looked_at >= _LOOKS_AGAIN
+        return self._woken.is_set() or is_old or not self._watchers.is_following()
 
     async def wait(self, seconds: float) -> None:
         """Returns after so many seconds, or when the process ends.

@@ -5,14 +5,14 @@ value that the file leaves out is the one that transformers would fill in.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from prefix_service.errors import InvalidConfig
 from prefix_service.prefix.base_model_defaults import text_config, value_of
 
-_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "encoder_layers")
-_HEADS = ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads")
-_WIDTH = ("hidden_size", "n_embd", "d_model")
+LAYERS: Final = ("num_hidden_layers", "n_layer", "num_layers", "encoder_layers")
+HEADS: Final = ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads")
+WIDTH: Final = ("hidden_size", "n_embd", "d_model")
 
 
 def infer_dimensions(base_model_config: Mapping[str, Any]) -> dict[str, int | None]:
@@ -24,7 +24,7 @@ def infer_dimensions(base_model_config: Mapping[str, Any]) -> dict[str, int | No
     config = text_config(base_model_config)
     if not isinstance(config, Mapping):
         raise InvalidConfig(f"text_config in the base model's config must be an object, got {config!r:.80}")
-    layers, heads, width = (_first(config, names) for names in (_LAYERS, _HEADS, _WIDTH))
+    layers, heads, width = (_first(config, names) for names in (LAYERS, HEADS, WIDTH))
     if config is not base_model_config:  # PEFT looks for this one number in the outer config first
         layers = _number(base_model_config, "num_hidden_layers") or layers
     kv_heads, head_dim = _key_value_shape(config, heads, width)

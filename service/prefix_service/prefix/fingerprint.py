@@ -1,7 +1,8 @@
 """The fingerprint of a base model: what its keys and values depend on, checked and bounded."""
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Self
 
@@ -25,9 +26,10 @@ OBJECTS: Final = ("sizes", "rope", "norms")
 class Fingerprint:
     """The properties of a base model that the keys and values of a prefix depend on; None where one is not known.
 
-    `architecture` is the model's class. `sizes`, `rope` and `norms` are settings of its config, by their names:
-    dimensions, rotary embedding, normalisation. `tokenizer` and `weights_index` are hashes, of the tokenizer and of the
-    index of the weights.
+    `architecture` is the type of its language model, as in `model_type` of its config. `sizes`, `rope` and `norms` are
+    settings of its config, by their names: dimensions, rotary embedding, normalisation. `tokenizer` and `weights_index`
+    are hashes `kind:hash`, of the tokenizer's vocabulary and of a sample of the weights; hashes of different kinds are
+    not compared.
     """
 
     architecture: str | None = None
@@ -50,6 +52,16 @@ class Fingerprint:
         """Returns the fields that are known, as JSON has them."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
+    def differences(self, other: Self) -> list[tuple[str, Any, Any]]:
+        """Returns what differs from another base model: the name of each setting, its value here, its value there.
+
+        What only one of the two knows is no difference.
+        """
+        return [
+            *((name, *values) for name in TEXTS if _differ(*(values := (getattr(self, name), getattr(other, name))))),
+            *(found for name in OBJECTS for found in _members(name, getattr(self, name), getattr(other, name))),
+        ]
+
 
 NO_FINGERPRINT: Final = Fingerprint()
 
@@ -69,6 +81,31 @@ def check_fingerprint(values: Mapping[str, Any]) -> str:
     if len(text) > MOST_FINGERPRINT:
         raise TooLarge(f"the fingerprint has {len(text)} bytes, and may have {MOST_FINGERPRINT}: leave out details")
     return text
+
+
+def _differ(here: str | None, there: str | None) -> bool:
+    """Returns whether two texts differ and are of the same kind, which stands in front of a colon."""
+    return here is not None and there is not None and here != there and _kind(here) == _kind(there)
+
+
+def _kind(text: str) -> str:
+    return text.rpartition(":")[0]
+
+
+def _members(name: str, here: Any, there: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yields the settings that both know and that differ, also those of objects inside of objects."""
+    if isinstance(here, Mapping) and isinstance(there, Mapping):
+        for member in sorted(here.keys() & there.keys()):
+            yield from _members(f"{name}.{member}", here[member], there[member])
+    elif here is not None and there is not None and not _equal(here, there):
+        yield name, here, there
+
+
+def _equal(here: Any, there: Any) -> bool:
+    """Returns whether two settings are the same; GGUF files hold numbers in float32, other configs in float64."""
+    if isinstance(here, float) and isinstance(there, float):
+        return math.isclose(here, there, rel_tol=1e-6)
+    return bool(here == there)
 
 
 def _checked(name: str, value: Any) -> Any:

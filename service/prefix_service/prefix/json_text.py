@@ -15,7 +15,8 @@ MAX_BASE_CONFIG_BYTES: Final = 1 << 20  # it is not stored; the 21,000 label nam
 MOST_VALUES: Final = 1 << 20
 """The most values in a JSON text; a mask has that many."""
 
-_MOST_CONTAINERS: Final = 1 << 17  # lists and objects
+MOST_CONTAINERS: Final = 1 << 17
+"""The most lists and objects in a JSON text."""
 _MOST_NAMES: Final = 1 << 16
 """The most names of members: at most the number of colons."""
 
@@ -50,22 +51,30 @@ def parse_config_json(data: bytes, what: str, limit: int = MAX_CONFIG_BYTES) -> 
     return _parse(data, what, limit, float, _refuse_nan)
 
 
-def parse_json(data: bytes, what: str, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
-    """Returns a JSON object from outside: UTF-8, at most `limit` bytes, and moderately nested.
+def parse_json(
+    data: bytes, what: str, limit: int = MAX_CONFIG_BYTES, most_containers: int = MOST_CONTAINERS
+) -> dict[str, Any]:
+    """Returns a JSON object from outside: UTF-8, at most `limit` bytes, and moderately nested. It has at most
+    `most_containers` lists and objects.
 
     Raises:
         InvalidConfig: the text has too many bytes, values or names, is nested too deeply, or has duplicate keys, NaN,
             infinities or lone surrogates. The message begins with `what`.
     """
-    return _parse(data, what, limit, _finite, _refuse_constant)
+    return _parse(data, what, limit, _finite, _refuse_constant, most_containers)
 
 
 def _parse(
-    data: bytes, what: str, limit: int, parse_float: Callable[[str], float], parse_constant: Callable[[str], float]
+    data: bytes,
+    what: str,
+    limit: int,
+    parse_float: Callable[[str], float],
+    parse_constant: Callable[[str], float],
+    most_containers: int = MOST_CONTAINERS,
 ) -> dict[str, Any]:
     if len(data) > limit:
         raise InvalidConfig(f"{what} has {len(data)} bytes, more than {limit}")
-    _require_few_values(data, what)
+    _require_few_values(data, what, most_containers)
     try:
         text = data.decode("utf-8")
         value = json.loads(
@@ -86,16 +95,16 @@ def _parse(
     return value
 
 
-def _require_few_values(data: bytes, what: str) -> None:
+def _require_few_values(data: bytes, what: str, most_containers: int) -> None:
     """Raises InvalidConfig if the text has too many values or names. Counts characters before anything is parsed, so
     those in strings count too.
     """
     containers = data.count(b"[") + data.count(b"{")
     values = containers + data.count(b",")
-    if values > MOST_VALUES + _MOST_CONTAINERS or containers > _MOST_CONTAINERS:
+    if values > MOST_VALUES + MOST_CONTAINERS or containers > most_containers:
         raise InvalidConfig(
             f"{what} has about {values} values, {containers} of them lists and objects, and at most {MOST_VALUES} "
-            f"and {_MOST_CONTAINERS} are read"
+            f"and {most_containers} are read"
         )
     if (names := data.count(b":")) > _MOST_NAMES:
         raise InvalidConfig(f"{what} has {names} colons, and at most {_MOST_NAMES} are read: it names too much")

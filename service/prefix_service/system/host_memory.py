@@ -7,17 +7,21 @@ from typing import Final
 
 _LARGE: Final = 32 << 20  # from this size on, malloc never reuses memory
 _RETURNED: Final = 2 << 20
-_M_MMAP_THRESHOLD: Final = -3  # mallopt(3)
+_ARENAS: Final = 2
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # mallopt(3)
 
 
 def return_freed_memory() -> None:
-    """Lets blocks of 2 MiB or more return to the system as soon as they are freed.
+    """Lets blocks of 2 MiB or more return to the system as soon as they are freed, and threads share what is kept of
+    smaller ones.
 
-    glibc otherwise keeps blocks of up to 32 MiB, once one of that size was freed, for each thread apart: several
+    glibc otherwise keeps blocks of up to 32 MiB, once one of that size was freed, and for each thread apart: several
     hundred MiB that no budget counts. With another C library this does nothing.
     """
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _RETURNED)
+        library = ctypes.CDLL(None)
+        library.mallopt(_M_MMAP_THRESHOLD, _RETURNED)
+        library.mallopt(_M_ARENA_MAX, _ARENAS)
 
 
 def host_memory(nbytes: int) -> memoryview:

@@ -237,6 +237,7 @@ def test_every_process_sees_what_one_changed(workers: Server) -> None:
     everywhere(workers, f"{adapter}@1/prefix", lambda answer: answer.status_code == 404)
 
 
+@pytest.mark.one_process("what is in memory is each replica's own")
 def test_what_another_process_deleted_leaves_memory(workers: Server) -> None:
     """Each process frees a deleted version, even a pinned one, which nobody could unpin."""
     admin = workers.client()

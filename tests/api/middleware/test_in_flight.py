@@ -21,6 +21,8 @@ from tests.api.helpers import CONFIG, RawAnswer, head, problem, read_answer, upl
 from tests.api.metrics.test_metrics import scraped
 from tests.conftest import Server, running_server
 
+pytestmark = pytest.mark.one_process("each process bounds its own requests in flight")
+
 MOST, MOST_OF_TENANT = 6, 3
 ADAPTER = "/v1/tenants/{}/adapters/a"
 LARGE = {**CONFIG, "num_virtual_tokens": 1024}  # 128 KiB, 8 MiB with 64 rows

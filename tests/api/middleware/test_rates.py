@@ -28,6 +28,8 @@ from tests.api.apps import served
 from tests.api.helpers import head, problem, read_answer, upload
 from tests.conftest import Server
 
+pytestmark = pytest.mark.one_process("replicas divide a tenant's rate")
+
 ADAPTERS = "/v1/tenants/acme/adapters"
 
 

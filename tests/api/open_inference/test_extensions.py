@@ -126,6 +126,7 @@ def _counts(worker: Keyed, model: str, version: str) -> dict[str, Any]:
     return counts
 
 
+@pytest.mark.one_process("the protocol's statistics are each replica's own")
 def test_statistics_count_what_inference_did(worker: Keyed, client: httpx.Client) -> None:
     """Statistics count requests, rows and time of one version, without other versions and requests under `/v1`."""
     before, other = _counts(worker, TWO, "2"), _counts(worker, TWO, "1")
@@ -153,6 +154,7 @@ def test_statistics_count_what_inference_did(worker: Keyed, client: httpx.Client
     assert _counts(worker, TWO, "1") == other
 
 
+@pytest.mark.one_process("the protocol's statistics are each replica's own")
 def test_statistics_of_a_model_are_those_of_its_versions(worker: Keyed) -> None:
     """A model's statistics have all its versions, oldest first; without a model they have all that the key may see."""
     worker.infer(TWO, [])

@@ -387,6 +387,7 @@ def test_the_index_of_thousands(tmp_path: Path) -> None:
         refused(admin.post("/v2/repository/index", json={"ready": 1}), 400, "invalid-request", "ready")
 
 
+@pytest.mark.one_process("what is in memory is each replica's own")
 def test_an_answer_that_is_not_read_holds_its_rendering(own: Server, client: httpx.Client) -> None:
     """A rendering stays pinned until the last byte of its rows has left, because they are sent from it."""
     weights, _ = Shape(tokens=56).weights(0)  # 7.3 MB a row, above what Linux buffers for a socket

@@ -206,6 +206,7 @@ def _state(worker: Keyed, model: str) -> dict[str, str]:
     return {entry["version"]: entry["state"] for entry in index if entry["name"] == model}
 
 
+@pytest.mark.one_process("what is in memory is each replica's own")
 def test_the_repository_is_the_residency(worker: Keyed, client: httpx.Client) -> None:
     """The index shows what is in memory; `load` loads the latest version, and `unload` unloads all."""
     worker.unload_model(ODD)
@@ -327,6 +328,7 @@ def test_a_key_is_needed(server: Server, client: httpx.Client) -> None:
     keyless.close()
 
 
+@pytest.mark.one_process("what is in memory is each replica's own")
 async def test_the_asyncio_client(server: Server, client: httpx.Client) -> None:
     """tritonclient's asyncio client, whose requests differ on the wire, gets the same answers."""
     headers = {"Authorization": f"Bearer {server.admin_key}"}

@@ -56,7 +56,7 @@ def test_no_script_writes_markup_or_text_as_code() -> None:
 
 def test_every_error_has_words() -> None:
     """Now says of each code that the service can answer with what it means, and what to do."""
-    of_clients = {"error", "dimension-mismatch", "invalid-response", "connection-failed"}
+    of_clients = {"error", "base-model-mismatch", "dimension-mismatch", "invalid-response", "connection-failed"}
     codes = {getattr(errors, name).code for name in errors.__all__} - of_clients
     words = re.findall(
         r'^  "([a-z-]+)": \["(?:warn|bad)?", "', (PAGE_FOLDER / "views" / "problems.js").read_text(), re.M

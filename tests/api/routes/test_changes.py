@@ -260,6 +260,7 @@ def test_every_answer_names_the_catalog(watched: Watched) -> None:
     assert {answer.headers["prefix-catalog"] for answer in answers} == {expected}
 
 
+@pytest.mark.one_process("each process bounds its own watchers")
 def test_watchers_are_bounded(watched: Watched) -> None:
     """A tenant may be a quarter of the watchers; its other requests and other tenants are not affected."""
     client = watched.clients["beta read"]
@@ -319,7 +320,10 @@ def test_pages_are_written_off_the_event_loop(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(Revisions, "text", watched_text)
     with served(create_app(Settings(data_dir=tmp_path, dev=True))) as url:
-        assert httpx.get(url + PATH, timeout=60).status_code == 200
-        with httpx.stream("GET", url + PATH, headers=STREAM, timeout=60) as stream:
+        since = {"since": httpx.get(url + PATH, timeout=60).json()["revision"]}
+        assert httpx.put(f"{url}/v1/tenants/acme", timeout=60).status_code == 201
+        on_loop.clear()
+        assert len(httpx.get(url + PATH, params=since, timeout=60).json()["items"]) == 1
+        with httpx.stream("GET", url + PATH, params=since, headers=STREAM, timeout=60) as stream:
             assert next(stream.iter_lines()).startswith("id: ")
-    assert on_loop == [False, False]
+    assert on_loop == [False] * 4

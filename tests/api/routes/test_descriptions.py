@@ -252,6 +252,7 @@ def test_a_base_model_is_given_later_and_replaced_whole(client: httpx.Client) ->
     path = _published(client)
     version, prefix = client.get(path).json(), client.get(f"{path}/prefix")
     before = client.get(f"{path}/base-model")
+    assert "prefix-base-model" not in client.get(f"{path}/prefix").headers
     assert (before.status_code, before.json(), before.headers["prefix-digest"]) == (200, {}, version["digest"])
     given = client.put(f"{path}/base-model", json=BASE_MODEL, headers={"If-Match": before.headers["etag"]})
     assert (given.status_code, given.content) == (204, b"")
@@ -259,6 +260,9 @@ def test_a_base_model_is_given_later_and_replaced_whole(client: httpx.Client) ->
     assert found.json() == BASE_MODEL
     assert found.headers["etag"] == given.headers["etag"]
     assert found.headers["x-content-type-options"] == "nosniff"
+    prefix = client.get(f"{path}/prefix")
+    unchanged = client.get(f"{path}/prefix", headers={"If-None-Match": prefix.headers["etag"]})
+    assert (prefix.headers["prefix-base-model"], unchanged.headers["prefix-base-model"]) == ("known", "known")
     again = client.get(f"{path}/base-model", headers={"If-None-Match": found.headers["etag"]})
     assert (again.status_code, again.content) == (304, b"")
     stale = {"If-Match": before.headers["etag"]}

@@ -86,6 +86,7 @@ def test_keys_come_in_pages(own: Server, limit: int) -> None:
     assert len(followed(own.client(), "/v1/keys", limit)) == 1
 
 
+@pytest.mark.one_process("what is in memory is each replica's own")
 @pytest.mark.parametrize("limit", [1, 3, 1000])
 def test_residency_comes_in_pages(own: Server, limit: int) -> None:
     """Versions come largest first, each once; every page has the budgets, and at most `limit` tenants."""

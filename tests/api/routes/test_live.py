@@ -106,6 +106,7 @@ def test_a_stream_goes_on(server: Server) -> None:
         assert second["at"][0] == first["at"][-1] + first["seconds"]
 
 
+@pytest.mark.one_process("each process bounds its own streams")
 def test_too_many_streams(server: Server) -> None:
     """A tenant has a quarter of the places of each worker; then it is refused, and requests are not."""
     client = server.client(_new_key(server, "acme")["key"])

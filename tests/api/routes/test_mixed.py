@@ -312,6 +312,7 @@ def test_rows_that_do_not_fit_memory_together(small: Server) -> None:
         assert client.post(PATH, json={"rows": rows}).status_code == 200
 
 
+@pytest.mark.one_process("replicas divide a tenant's rate")
 def test_a_platform_key_charges_the_tenants_of_the_rows(client: httpx.Client) -> None:
     """A request charges each tenant of its rows once, and gets 429 above a rate."""
     _publish(client, "mixslow", "a", 2)

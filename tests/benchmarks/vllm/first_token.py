@@ -17,9 +17,10 @@ from peft import PeftModel
 from safetensors.torch import save_file
 
 from prefix_service.cli.demo.model import HOW_TO_GET_IT, LanguageModel, find_model
+from prefix_service.client import PrefixClient
 from tests.benchmarks.speed.harness import QUIET, Chart, Outcome, Spread, in_turns, machine, say
 from tests.benchmarks.tables import Grid
-from tests.conftest import running_server
+from tests.conftest import Server, running_server
 from tests.vllm.driver import PYTHON, Engine, engine, transfer_config
 from tests.vllm.publishing import publish
 from tests.vllm.smollm2 import save_model
@@ -30,6 +31,7 @@ BLOCKS: Final = "adapter, in vLLM's blocks"
 TEXT: Final = "as many real tokens"
 TEXT_BLOCKS: Final = "as many real tokens, in vLLM's blocks"
 PEFT: Final = "PEFT"
+TRANSFER: Final = "the bytes of a new adapter alone"
 _LENGTHS: Final = (20, 64, 256, 1024, 4096)
 _PROMPT: Final = 32
 
@@ -61,7 +63,7 @@ def measure(*, quick: bool) -> Outcome:
         for length in lengths:
             say(f"{length} tokens, {rounds} rounds")
             tuned = PeftModel.from_pretrained(model.model, str(folder / f"n{length}")).train(mode=False)
-            found[length] = in_turns(_cases(started, tuned, length), rounds)
+            found[length] = in_turns(_cases(started, server, tuned, length), rounds)
     return _outcome(found)
 
 
@@ -90,7 +92,7 @@ def _adapter(folder: Path, model: LanguageModel, tokens: int) -> Path:
     return folder
 
 
-def _cases(started: Engine, tuned: Any, length: int) -> dict[str, Callable[[], float]]:
+def _cases(started: Engine, server: Server, tuned: Any, length: int) -> dict[str, Callable[[], float]]:
     """Returns cases, each of which gives the seconds of one request."""
     words = random.Random(length)  # noqa: S311
     prompt = [words.randrange(100, 40_000) for _ in range(_PROMPT)]
@@ -102,6 +104,7 @@ def _cases(started: Engine, tuned: Any, length: int) -> dict[str, Callable[[], f
         BLOCKS: partial(_seconds, started, behind, None),
         TEXT: partial(_seconds, started, plain, "blocks"),
         TEXT_BLOCKS: partial(_seconds, started, plain, None),
+        TRANSFER: partial(_transfer_seconds, server, f"bench/n{length}"),
         PEFT: partial(_peft_seconds, tuned, torch.tensor([prompt])),
     }
 
@@ -118,6 +121,15 @@ def _seconds(started: Engine, job: dict[str, Any], forget: str | None) -> float:
     return float(answer["seconds"])
 
 
+def _transfer_seconds(server: Server, reference: str) -> float:
+    """Returns the seconds in which a client that knows nothing of an adapter gets it."""
+    with PrefixClient(server.url, server.admin_key, cache_bytes=0) as client:
+        client.inspect("bench/n20")  # connects
+        began = time.perf_counter()
+        client.get(reference, dtype="float32")
+        return time.perf_counter() - began
+
+
 def _peft_seconds(tuned: Any, ids: torch.Tensor) -> float:
     began = time.perf_counter()
     with torch.inference_mode():
@@ -128,7 +140,7 @@ def _peft_seconds(tuned: Any, ids: torch.Tensor) -> float:
 
 
 def _outcome(found: dict[int, dict[str, list[float]]]) -> Outcome:
-    cases = (BLOCKS, FETCHED, NEW, TEXT_BLOCKS, TEXT, PEFT)
+    cases = (BLOCKS, FETCHED, NEW, TRANSFER, TEXT_BLOCKS, TEXT, PEFT)
     spreads = {case: [Spread.of([s * 1000 for s in times[case]]) for times in found.values()] for case in cases}
     head = ["ms until the first token", *(f"N = {length:,}" for length in found)]
     rows = [[case, *map(str, spreads[case])] for case in cases]

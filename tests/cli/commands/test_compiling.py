@@ -7,6 +7,7 @@ import pytest
 import transformers
 from safetensors.torch import load_file
 
+from prefix_service.checkpoints.base_models import read_fingerprint
 from prefix_service.client import PrefixClient
 from prefix_service.client.transformers import compile_prefix, text_tokens
 from tests.architectures import base
@@ -41,6 +42,8 @@ def test_a_text_is_compiled_and_published(server: Server, run: Run, model: Path,
     assert published.returncode == 0, published.stderr
     with PrefixClient(server.url, server.admin_key) as client:
         annotations = client.annotations("compiled/rules@1")
+        assert client.base_model("compiled/rules@1") == expected.base_model
+        assert expected.base_model.differences(read_fingerprint(model)) == []
     assert annotations["compiled/file"] == "rules.txt"
     assert annotations["compiled/role"] == "system"
     assert annotations["compiled/tokens-sha256"] == expected.recipe["compiled/tokens-sha256"]
@@ -94,7 +97,7 @@ def test_room_is_checked_before_the_model_is_loaded(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("the model must not be loaded")
 
-    monkeypatch.setattr("prefix_service.cli.commands.compiling._model", never)
+    monkeypatch.setattr("prefix_service.cli.commands.compiling.load_model", never)
     typed = ("compile", "--model", model, "--tokens", tmp_path / "ids", tmp_path / "out", "--for")
     refused = run(*typed, "compiled-small")
     assert refused.returncode == 1

@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 
+from prefix_service.checkpoints.base_models import read_fingerprint
 from prefix_service.checkpoints.sources import prepare_upload
+from prefix_service.client import PrefixClient
 from prefix_service.errors import InvalidConfig
 from tests.cli.conftest import Run, on_terminal
 from tests.commands import run_command
 from tests.conftest import CORPUS, Server
 
 LLAMA = CORPUS / "cases" / "llama-n20-emb" / "adapter"
+BASE = CORPUS / "bases" / "llama"
 GPT2 = CORPUS / "cases" / "gpt2-n20-emb" / "adapter"
 
 
@@ -43,6 +46,23 @@ def test_compose(run: Run) -> None:
     refused = run("compose", "cli/composed", "cli/part")
     assert refused.returncode == 1
     assert "compose" in refused.stderr
+
+
+def test_publish_stores_the_fingerprint_of_the_base_model(run: Run, server: Server, tmp_path: Path) -> None:
+    """`--base-model` is stored with new versions and with ones that exist, of one folder and of many."""
+    expected, folder = read_fingerprint(BASE), tmp_path / "based"
+    shutil.copytree(LLAMA, folder)
+    for words in (("cli/based",), ("cli/based", "--base-model", BASE), ("--tenant", "cli-based", "--base-model", BASE)):
+        done = run("publish", folder, *words)
+        assert done.returncode == 0, done.stderr
+    with PrefixClient(server.url, server.admin_key) as client:
+        assert client.base_model("cli/based@1") == client.base_model("cli-based/based@1") == expected
+    assert expected.weights_index is not None
+    shown = run("inspect", "cli/based").stdout
+    assert "base model: rope" in shown
+    refused = run("publish", folder, "cli/based", "--base-model", folder)
+    assert refused.returncode == 1
+    assert f"there is no {folder}/config.json: name the folder of a base model" in " ".join(refused.stderr.split())
 
 
 def test_publish_fills_dimensions_from_the_base_model(run: Run, tmp_path: Path) -> None:

@@ -215,6 +215,15 @@ def test_a_recipe_that_is_none_is_refused(server: Server, tmp_path: Path, recipe
         client.publish("compiled/refused", tmp_path)
 
 
+def test_a_fingerprint_that_is_none_is_refused(server: Server, tmp_path: Path) -> None:
+    """A `prefix_base_model.json` of another kind is named, before anything is sent."""
+    compile_prefix(base("llama"), token_ids=[5]).save(tmp_path)
+    (tmp_path / "prefix_base_model.json").write_text('{"sizes": 3}')
+    message = "prefix_base_model.json is no fingerprint: sizes must be a JSON object, got 3"
+    with PrefixClient(server.url, server.admin_key) as client, pytest.raises(InvalidRequest, match=message):
+        client.publish("compiled/refused", tmp_path)
+
+
 def test_a_prefix_takes_the_models_dtype_and_an_empty_folder(tmp_path: Path) -> None:
     """Keys are stored as the model computes them; a folder that has an adapter is left as it is."""
     compiled = compile_prefix(NAMED["llama"].build().to(torch.bfloat16), token_ids=[5, 6])

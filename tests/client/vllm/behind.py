@@ -76,6 +76,7 @@ class Behind:
                 get_head_size=lambda: model["head_dim"],
                 dtype="torch.float32",
                 max_model_len=128,
+                hf_text_config=SimpleNamespace(model_type="gpt2"),
             ),
         )
         self.state = SimpleNamespace(engine_client=SimpleNamespace(vllm_config=config, generate=self._generate))

@@ -24,11 +24,11 @@ from prefix_service.client.vllm import bodies, failures, guard
 from prefix_service.client.vllm.composition import Composition, Version
 from prefix_service.client.vllm.config import ConnectorConfig, refuse_partners
 from prefix_service.client.vllm.middleware import PrefixMiddleware
-from prefix_service.client.vllm.model import Model, refuse_model
+from prefix_service.client.vllm.model import Model
 from prefix_service.client.vllm.requests import adapters_asked, adapters_of, parameters_of, refuse_unservable
 from prefix_service.client.vllm.salt import Salts
 from prefix_service.client.vllm.source import Source
-from prefix_service.errors import DimensionMismatch, InvalidReference, InvalidRequest
+from prefix_service.errors import InvalidReference, InvalidRequest
 from tests.client.holding_proxy import holding_proxy
 from tests.client.vllm.behind import Behind, ignore, lifespan
 from tests.conftest import Server
@@ -221,44 +221,6 @@ def test_what_vllm_cannot_do_behind_a_prefix_is_refused(change: dict[str, Any], 
         refuse_unservable(SimpleNamespace(**{**_PLAIN, **change}))
 
 
-class FullAttentionSpec:
-    """A class with the name of vLLM's, by which it is recognised."""
-
-    def __init__(self, sliding_window: int | None = None) -> None:
-        self.sliding_window = sliding_window
-
-
-def _engine(**change: Any) -> tuple[Any, Any]:
-    one = {"policy": "fail", "mla": False, "groups": [FullAttentionSpec()], "context": 1, "draft": None, **change}
-    config = SimpleNamespace(
-        kv_transfer_config=SimpleNamespace(kv_load_failure_policy=one["policy"]),
-        parallel_config=SimpleNamespace(decode_context_parallel_size=one["context"]),
-        model_config=SimpleNamespace(use_mla=one["mla"]),
-        speculative_config=one["draft"],
-    )
-    return config, SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec) for spec in one["groups"]])
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"policy": "recompute"}, "garbage"),
-        ({"mla": True}, "MLA"),
-        ({"groups": [FullAttentionSpec(), FullAttentionSpec()]}, "sliding windows"),
-        ({"groups": [FullAttentionSpec(4096)]}, "sliding windows"),
-        ({"groups": [SimpleNamespace(sliding_window=None)]}, "state spaces"),
-        ({"context": 2}, "context parallelism"),
-        ({"draft": SimpleNamespace(method="eagle")}, "draft"),
-    ],
-)
-def test_an_engine_in_which_prefixes_would_be_wrong_does_not_start(change: dict[str, Any], words: str) -> None:
-    """Each such configuration is refused, and the error has the reason."""
-    refuse_model(*_engine())
-    refuse_model(*_engine(draft=SimpleNamespace(method="ngram")))
-    with pytest.raises(InvalidRequest, match=words):
-        refuse_model(*_engine(**change))
-
-
 def _multi(*connectors: dict[str, Any], policy: str = "fail") -> Any:
     return SimpleNamespace(kv_load_failure_policy=policy, kv_connector_extra_config={"connectors": list(connectors)})
 
@@ -294,15 +256,6 @@ def test_the_engines_configuration_is_found_among_partners() -> None:
     for none in (None, _multi(_OTHER), SimpleNamespace(kv_connector_extra_config={})):
         with pytest.raises(InvalidRequest, match=r"without PrefixConnector|url: Field required"):
             ConnectorConfig.of_engine(none)
-
-
-def test_a_prefix_of_another_model_is_refused() -> None:
-    """The error names the first size that differs."""
-    told = {"tenant": "acme", "adapter": "a", "version": 1, "num_layers": 4, "num_kv_heads": 4, "head_dim": 8}
-    GPT2_MODEL.check(told)
-    for name in ("num_layers", "num_kv_heads", "head_dim"):
-        with pytest.raises(DimensionMismatch, match=rf"acme/a@1 has {name} 3, the model that vLLM serves has"):
-            GPT2_MODEL.check({**told, name: 3})
 
 
 _VERSIONS = st.builds(Version, *[st.text(max_size=2)] * 2, st.just(1), st.text(max_size=2), st.just(5))

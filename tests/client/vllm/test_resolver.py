@@ -7,21 +7,39 @@ from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import CancelledError
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from prefix_service.client import PrefixClient
+from prefix_service.client import Fingerprint, PrefixClient
+from prefix_service.client.base_model_check import BaseModelCheck
 from prefix_service.client.vllm.background import Background
+from prefix_service.client.vllm.base_model import BaseModel
 from prefix_service.client.vllm.composition import Composition
 from prefix_service.client.vllm.config import ConnectorConfig
 from prefix_service.client.vllm.model import Model
 from prefix_service.client.vllm.resolver import _QUESTIONS, Resolver
 from prefix_service.client.vllm.source import Source
-from prefix_service.errors import ConnectionFailed, DimensionMismatch, NotFound, Unauthenticated, Unavailable
+from prefix_service.errors import (
+    BaseModelMismatch,
+    ConnectionFailed,
+    DimensionMismatch,
+    NotFound,
+    Unauthenticated,
+    Unavailable,
+)
 from tests.client.conftest import GPT2
 from tests.client.holding_proxy import Holder, holding_proxy
 from tests.conftest import Publish, Server
+
+_CONFIG = SimpleNamespace(to_dict=lambda: {"model_type": "llama", "rms_norm_eps": 1e-6})
+OTHER_MODEL = SimpleNamespace(
+    model_config=SimpleNamespace(
+        hf_config=_CONFIG, model="no/such-model", revision=None, tokenizer="", tokenizer_revision=None
+    )
+)
+"""vLLM's configuration of a model whose files are elsewhere."""
 
 
 @pytest.fixture
@@ -35,13 +53,13 @@ def held(server: Server, publish: Publish, monkeypatch: pytest.MonkeyPatch) -> I
 
 
 @asynccontextmanager
-async def resolving(url: str, **more: Any) -> AsyncIterator[Resolver]:
+async def resolving(url: str, check: BaseModelCheck = "warn", **more: Any) -> AsyncIterator[Resolver]:
     """Yields a resolver, which is closed at the end."""
     with PrefixClient(url, os.environ["PREFIX_API_KEY"]) as client:
         told = client.get("quick/a").metadata
     model = Model(told["num_layers"], told["num_kv_heads"], told["head_dim"], "float32", 128)
     source = Source(ConnectorConfig.of({"url": url, "timeout": 20, **more}), 1 << 20)
-    resolver = Resolver(source, model)
+    resolver = Resolver(source, model, BaseModel(OTHER_MODEL, check))
     try:
         yield resolver
     finally:
@@ -67,10 +85,11 @@ async def test_what_was_resolved_is_recalled_for_ever_or_for_a_second(server: Se
         assert resolver.recall(("quick/a@1",)) is None
 
 
-async def test_a_question_takes_no_tensors(held: Holder) -> None:
-    """A question is answered while every fetch of a prefix is held up."""
+@pytest.mark.parametrize("other", [b"/prefix", b"/base-model"])
+async def test_a_question_is_one_request_without_tensors(held: Holder, other: bytes) -> None:
+    """A question is answered while every fetch of a prefix, or of a base model's fingerprint, is held up."""
     async with resolving(held.url) as resolver:
-        held.hold(b"/prefix")
+        held.hold(other)
         assert (await resolver.resolve(("quick/a",))).versions[0].number == 1
         held.hold()
 
@@ -166,7 +185,7 @@ async def _until(condition: Any) -> None:
 async def test_a_version_of_another_model_is_not_remembered(held: Holder) -> None:
     """A version that does not fit is asked for, and refused, each time."""
     source = Source(ConnectorConfig.of({"url": held.url}), 0)
-    resolver = Resolver(source, Model(9, 2, 8, "float32", 128))
+    resolver = Resolver(source, Model(9, 2, 8, "float32", 128), BaseModel(OTHER_MODEL, "off"))
     for _ in range(2):
         with pytest.raises(DimensionMismatch):
             await resolver.resolve(("quick/a@1",))
@@ -206,3 +225,23 @@ def test_work_in_the_background_can_be_cancelled_and_ends_with_its_loop() -> Non
     background.close(last)
     with pytest.raises(CancelledError):
         waiting.result(60)
+
+
+@pytest.mark.parametrize("check", ["off", "warn", "refuse"])
+async def test_the_base_model_of_a_version_is_compared(
+    server: Server, held: Holder, publish: Publish, check: BaseModelCheck, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A version of another base model is refused, or warned of once, or served; the message has both values."""
+    publish("vllm-bases", check, GPT2)
+    with PrefixClient(server.url, server.admin_key) as client:
+        client.put_base_model(f"vllm-bases/{check}", Fingerprint("llama", norms={"rms_norm_eps": 1e-5}))
+    words = f"vllm-bases/{check}@1 was made for another base model: norms.rms_norm_eps is 1e-06 here, and was 1e-05. "
+    async with resolving(held.url, check) as resolver:
+        await resolver.resolve(("quick/a",))
+        if check == "refuse":
+            with pytest.raises(BaseModelMismatch, match=words):
+                await resolver.resolve((f"vllm-bases/{check}",))
+        else:
+            for reference in (f"vllm-bases/{check}", f"vllm-bases/{check}@1"):
+                assert (await resolver.resolve((reference,))).versions[0].number == 1
+    assert [record.message.startswith(words) for record in caplog.records] == [True] * (check == "warn")

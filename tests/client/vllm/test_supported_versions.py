@@ -51,7 +51,12 @@ def test_a_vllm_that_has_what_is_touched_is_taken(package: Path, caplog: pytest.
     [
         ("v1/request.py", "    block_hashes: int", "    hashes: int", "Request.block_hashes (vllm/v1/request.py)"),
         (BASE, "def get_transfer_results", "def get_results", f"KVConnectorBase_V1.get_transfer_results (vllm/{BASE})"),
-        (BASE, "(self, request, block_ids)", "(self, request)", "the parameter block_ids of KVConnectorBase_V1."),
+        (
+            BASE,
+            "finished(self, request, block_ids)",
+            "finished(self, request)",
+            "the parameter block_ids of KVConnecto",
+        ),
         (BASE, "class KVConnectorMetadata", "class Metadata", f"KVConnectorMetadata (vllm/{BASE})"),
         ("exceptions.py", "class", "klass", "vllm/exceptions.py"),
     ],

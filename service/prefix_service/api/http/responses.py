@@ -194,6 +194,7 @@ def _version_headers(version: Version, *, immutable: bool) -> dict[str, str]:
         "Cache-Control": "private, max-age=31536000, immutable" if immutable else "private, no-cache",
         "Prefix-Version": str(version.number),
         "Prefix-Digest": version.digest,
+        **({"Prefix-Base-Model": "known"} if version.has_fingerprint else {}),
     }
 
 

@@ -50,7 +50,7 @@ FINGERPRINT_SCHEMA: Final[dict[str, Any]] = {
         **{name: {"type": "object", "maxProperties": MOST_MEMBERS} for name in OBJECTS},
     },
     "additionalProperties": False,
-    "examples": [{"architecture": "LlamaForCausalLM", "sizes": {"hidden_size": 4096}, "rope": {"rope_theta": 500000}}],
+    "examples": [{"architecture": "llama", "sizes": {"hidden_size": 4096}, "rope": {"rope_theta": 500000}}],
 }
 
 

@@ -38,6 +38,7 @@ _HEADERS: Final = response_headers(
     ETag="strong entity tag",
     Prefix_Version="the version's number",
     Prefix_Digest="the version's digest; it does not hash the body",
+    Prefix_Base_Model="`known` if the fingerprint of its base model was given: `GET …/base-model` returns it",
     Repr_Digest="digest of the whole body (RFC 9530): sha-256, or the algorithm that Want-Repr-Digest prefers",
 )
 _CONDITIONS: Final = request_headers(

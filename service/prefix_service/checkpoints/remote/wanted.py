@@ -6,10 +6,15 @@ from typing import Final
 from prefix_service.checkpoints.sources import is_weights_name
 from prefix_service.errors import InvalidCheckpoint, NotFound, TooLarge
 from prefix_service.prefix.description import MOST_CARD
-from prefix_service.prefix.file_names import CARD_NAME, CONFIG_NAME, RECIPE_NAME, WEIGHTS_NAME
+from prefix_service.prefix.file_names import BASE_MODEL_NAME, CARD_NAME, CONFIG_NAME, RECIPE_NAME, WEIGHTS_NAME
 from prefix_service.prefix.json_text import MAX_CONFIG_BYTES
 
-BESIDE: Final = {CONFIG_NAME: MAX_CONFIG_BYTES, CARD_NAME: MOST_CARD, RECIPE_NAME: MAX_CONFIG_BYTES}
+BESIDE: Final = {
+    CONFIG_NAME: MAX_CONFIG_BYTES,
+    CARD_NAME: MOST_CARD,
+    RECIPE_NAME: MAX_CONFIG_BYTES,
+    BASE_MODEL_NAME: MAX_CONFIG_BYTES,
+}
 """The files beside the weights, and the most bytes of each."""
 
 MOST_FILES: Final = 10_000

@@ -5,10 +5,11 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Final, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from prefix_service.cli.commands.break_even import show_break_even, travelling
 from prefix_service.cli.console import print_json, print_table, working
 from prefix_service.cli.options import DEFAULT_URL, ApiKey, Json, Ref, Url, address, connect
 from prefix_service.prefix.references import parse_qualified
@@ -17,8 +18,6 @@ from prefix_service.system.sizes import human_bytes
 
 if TYPE_CHECKING:
     from prefix_service.client import Prefix, PrefixClient
-
-_ITEM_BYTES: Final = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1}
 
 
 def register(app: typer.Typer) -> None:
@@ -49,6 +48,23 @@ def bench(
     dtype: Annotated[
         str | None, typer.Option(metavar="DTYPE", help="float32, float16, bfloat16 or float8_e4m3fn.")
     ] = None,
+    break_even: Annotated[
+        bool,
+        typer.Option(
+            "--break-even",
+            help="Instead: from which length on is fetching a prefix faster than reading its tokens? Needs --model.",
+        ),
+    ] = False,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="MODEL", help="The adapter's base model: a folder, or a name on Hugging Face."),
+    ] = None,
+    device: Annotated[
+        str, typer.Option("--device", metavar="DEVICE", help="Where the model computes: cpu, cuda, cuda:1.")
+    ] = "cpu",
+    most: Annotated[
+        int, typer.Option("--most", min=16, max=1 << 20, metavar="TOKENS", help="The longest length with --break-even.")
+    ] = 2048,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
     as_json: Json = False,
@@ -59,11 +75,16 @@ def bench(
     asks whether the cached prefix is current, as a worker does before each batch; a version or a digest is never asked
     for again, so it has no such row.
     """
+    if break_even != (model is not None):
+        raise typer.BadParameter("--break-even needs --model MODEL, and --model is for --break-even")
+    if model is not None:
+        show_break_even(reference, dtype, model, device, most, url, api_key, as_json=as_json)
+        return
     kind = cast("KVDtype | None", dtype)  # the client checks it
     rows: list[Measured] = []
     with connect(url, api_key, shows_progress=True, cache_bytes=0) as client, working(f"fetching {reference}"):
         first, prefix = _first(client, reference, dtype)
-        nbytes = _travelling(prefix)
+        nbytes = travelling(prefix)
         one = f"{reference.partition('@')[0]}@{prefix.digest}"  # an alias may move meanwhile
 
         def fetch() -> None:
@@ -92,11 +113,6 @@ def _first(client: "PrefixClient", reference: str, dtype: Any) -> "tuple[float, 
     began = time.perf_counter()
     prefix = client.get(reference, dtype=dtype)
     return time.perf_counter() - began, prefix
-
-
-def _travelling(prefix: "Prefix") -> int:
-    """Returns the bytes of keys and values that travel."""
-    return prefix.kv.tensor.numel() * _ITEM_BYTES[prefix.metadata["dtype"]]
 
 
 def _measured(what: str, call: Callable[[], Any], seconds: float, concurrency: int, nbytes: int) -> Measured:

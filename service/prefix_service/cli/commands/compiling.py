@@ -1,8 +1,7 @@
 """`compile`: soft prompts, texts and tokens become prefixes, by one forward pass of the base model on this machine."""
 
-import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -12,6 +11,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from prefix_service.cli.console import errors_console, print_json, say, working
+from prefix_service.cli.models import Dtype, auto_class, load_model, loaded, quiet_transformers
 from prefix_service.cli.options import DEFAULT_URL, ApiKey, Json, Url, connect
 from prefix_service.errors import InvalidRequest, NotFound, QuotaExceeded, TooLarge
 from prefix_service.system.sizes import human_bytes
@@ -26,14 +26,6 @@ class Role(StrEnum):
     system = "system"
     user = "user"
     plain = "plain"
-
-
-class Dtype(StrEnum):
-    """The dtype in which the model computes."""
-
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +120,8 @@ def compile_(
     *adapters, folder = words
     if len(adapters) + (text is not None) + (tokens is not None) != 1:
         raise typer.BadParameter("name one ADAPTER_FOLDER, --text FILE or --tokens FILE, and one OUT_FOLDER")
-    with _quiet_transformers():
-        config = _loaded(model, lambda: _auto("AutoConfig").from_pretrained(model))
+    with quiet_transformers():
+        config = loaded(model, lambda: auto_class("AutoConfig").from_pretrained(model))
         check_compiles(config)
         if text is not None:
             jobs = list(_texts(model, text, role.value, folder))
@@ -143,8 +135,8 @@ def compile_(
         if tenant is not None:
             _check_room(jobs, config, dtype, tenant, url, api_key)
         with working(f"loading {model}"):
-            loaded = _loaded(model, lambda: _model(model, dtype, device))
-        done = _compile(loaded, jobs)
+            base = loaded(model, lambda: load_model(model, dtype, device))
+        done = _compile(base, jobs)
     if as_json:
         print_json(done[0] if text is None or not text.is_dir() else {"items": done})
         return
@@ -214,7 +206,7 @@ def _texts(model: str, source: Path, role: str, folder: Path) -> Iterator[_Job]:
     """
     from prefix_service.client.transformers.texts import text_tokens
 
-    tokenizer = _loaded(model, lambda: _auto("AutoTokenizer").from_pretrained(model))
+    tokenizer = loaded(model, lambda: auto_class("AutoTokenizer").from_pretrained(model))
     files = {source: folder}
     if source.is_dir():
         files = {path: folder / path.stem for path in sorted(source.iterdir()) if _is_document(path)}
@@ -285,49 +277,3 @@ def _require_room(client: "PrefixClient", tenant: str, sizes: Mapping[str, int])
             f"tenant {tenant!r} has {found['bytes']} of {found['max_bytes']} bytes, and what was named would take "
             f"{needed}, weights with their keys and values: shorten it, delete versions, or ask the platform for more"
         )
-
-
-def _auto(name: str) -> Any:
-    import transformers
-
-    return getattr(transformers, name)
-
-
-def _model(name: str, dtype: Dtype | None, device: str) -> Any:
-    found = _auto("AutoModelForCausalLM").from_pretrained(name, dtype="auto" if dtype is None else dtype.value)
-    return found.to(device)
-
-
-def _loaded(name: str, load: Callable[[], Any]) -> Any:
-    """Returns what transformers loads.
-
-    Raises:
-        InvalidRequest: it cannot.
-    """
-    try:
-        return load()
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        AssertionError,
-        ImportError,
-    ) as error:  # torch asserts that there is CUDA
-        reason = " ".join(str(error).split())
-        raise InvalidRequest(f"the model {name} cannot be loaded: {reason:.500}") from error
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Keeps transformers' own bars and warnings from the terminal: the command shows what matters."""
-    from transformers import logging as module
-
-    logging: Any = module
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        logging.enable_progress_bar()

@@ -20,9 +20,11 @@ class Deployed(StrEnum):
     NGINX = "nginx"
     HAPROXY = "haproxy"
     KUBERNETES = "kubernetes"
+    KUBERNETES_FLEET = "k8s-fleet"
     PROMETHEUS = "prometheus"
     ALERTS = "alerts"
     GRAFANA = "grafana"
+    GRAFANA_VLLM = "grafana-vllm"
 
 
 _FILES: Final = {
@@ -30,9 +32,11 @@ _FILES: Final = {
     Deployed.NGINX: "nginx.conf",
     Deployed.HAPROXY: "haproxy.cfg",
     Deployed.KUBERNETES: "kubernetes.yaml",
+    Deployed.KUBERNETES_FLEET: "kubernetes-fleet.yaml",
     Deployed.PROMETHEUS: "prometheus.yml",
     Deployed.ALERTS: "alerts.yml",
     Deployed.GRAFANA: "grafana.json",
+    Deployed.GRAFANA_VLLM: "grafana-vllm.json",
 }
 
 

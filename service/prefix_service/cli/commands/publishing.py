@@ -30,7 +30,7 @@ from prefix_service.prefix.references import check_name, parse_qualified
 from prefix_service.system.sizes import human_bytes
 
 if TYPE_CHECKING:
-    from prefix_service.client import PrefixClient
+    from prefix_service.client import Fingerprint, PrefixClient
 
 Config = Annotated[
     Path | None, typer.Option("--config", help="The adapter_config.json, where it is elsewhere.", exists=True)
@@ -40,6 +40,17 @@ BaseConfig = Annotated[
     typer.Option("--base-config", help="The base model's config.json, for dimensions that are missing.", exists=True),
 ]
 
+BaseModel = Annotated[
+    Path | None,
+    typer.Option(
+        "--base-model",
+        metavar="FOLDER",
+        help="The folder of the base model: its fingerprint is stored with the version, and workers compare it with "
+        "their model. A version that exists gets it too.",
+        exists=True,
+        file_okay=False,
+    ),
+]
 Note = Annotated[str | None, typer.Option("--note", help="Why this version: the annotation note.")]
 Annotate = Annotated[
     list[str] | None,
@@ -75,6 +86,7 @@ def publish(
     ] = None,
     config: Config = None,
     base_config: BaseConfig = None,
+    base_model: BaseModel = None,
     note_text: Note = None,
     annotate: Annotate = None,
     url: Url = DEFAULT_URL,
@@ -89,12 +101,13 @@ def publish(
     """
     annotations = parse_annotations(annotate or [], note_text)
     base = None if base_config is None else base_config.read_bytes()
+    fingerprint = None if base_model is None else _fingerprint(base_model)
     if tenant is not None:
         if config is not None:
             raise typer.BadParameter("--config is that of one adapter: with --tenant each folder has its own")
         adapters = _named_after_folders(words, tenant)
         with connect(url, api_key, shows_progress=True) as client:
-            outcomes = _publish_folders(client, adapters, base, annotations)
+            outcomes = _publish_folders(client, adapters, base, fingerprint, annotations)
         _tell_outcomes(outcomes, as_json=as_json)
         return
     if len(words) != 2:
@@ -110,8 +123,14 @@ def publish(
     if not source.exists():
         raise typer.BadParameter(f"there is no {source}")
     with connect(url, api_key) as client:
-        version, is_new = _publish_source(client, source, adapter, config, base, annotations)
+        version, is_new = _publish_source(client, source, adapter, config, base, fingerprint, annotations)
     _tell_published(version, is_new=is_new, as_json=as_json)
+
+
+def _fingerprint(folder: Path) -> "Fingerprint":
+    from prefix_service.checkpoints.base_models import read_fingerprint
+
+    return read_fingerprint(folder)
 
 
 def parse_annotations(pairs: list[str], note_text: str | None = None) -> dict[str, str]:
@@ -137,6 +156,7 @@ def _publish_source(
     adapter: str,
     config: Path | None,
     base: bytes | None,
+    fingerprint: "Fingerprint | None",
     annotations: Mapping[str, str],
 ) -> tuple[Mapping[str, Any], bool]:
     """Publish one adapter with a bar for its bytes. Returns the version, and whether it is new."""
@@ -158,7 +178,15 @@ def _publish_source(
     )
     with upload.weights, shown as weights:
         described = {**upload.recipe, **annotations}
-        return client.publish_files(adapter, upload.config, weights, base, card=upload.card, annotations=described)
+        return client.publish_files(
+            adapter,
+            upload.config,
+            weights,
+            base,
+            card=upload.card,
+            annotations=described,
+            base_model=fingerprint or upload.base_model,
+        )
 
 
 def _publish_address(
@@ -222,7 +250,11 @@ def _named_after_folders(words: Sequence[str], tenant: str) -> dict[str, Path]:
 
 
 def _publish_folders(
-    client: "PrefixClient", adapters: Mapping[str, Path], base: bytes | None, annotations: Mapping[str, str]
+    client: "PrefixClient",
+    adapters: Mapping[str, Path],
+    base: bytes | None,
+    fingerprint: "Fingerprint | None",
+    annotations: Mapping[str, str],
 ) -> list[_Outcome]:
     """Publish many folders, some in parallel, with a bar that counts them. Returns their outcomes in the same order.
 
@@ -243,7 +275,13 @@ def _publish_folders(
                 described = {**upload.recipe, **annotations}
                 with upload.weights as weights:
                     version, is_new = client.publish_files(
-                        adapter, upload.config, weights, base, card=upload.card, annotations=described
+                        adapter,
+                        upload.config,
+                        weights,
+                        base,
+                        card=upload.card,
+                        annotations=described,
+                        base_model=fingerprint or upload.base_model,
                     )
             except PrefixServiceError as error:
                 if not isinstance(error, _OF_ONE_FOLDER):

@@ -23,7 +23,8 @@ class Cached:
 
     `file` is the file that its tensor is in, of which each caller gets a private mapping; without one, each gets a
     copy. `catalog` is the one that the service named with it, if any. `stamp` is the moment when it was last asked for,
-    if a watch was there to judge it by.
+    if a watch was there to judge it by. `has_base_model` is whether the service said then that it has a fingerprint of
+    the version's base model.
     """
 
     prefix: "Prefix"
@@ -31,6 +32,7 @@ class Cached:
     file: "MemoryFile | None" = None
     catalog: str | None = None
     stamp: Stamp | None = None
+    has_base_model: bool = False
 
 
 class LocalCache:

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, Protocol
 
 from prefix_service.client import options
-from prefix_service.client.flows import flows, listing, many, resolving
+from prefix_service.client.flows import base_models, flows, listing, many, resolving
 from prefix_service.client.flows.flows import Reading
 from prefix_service.client.flows.resolving import ResolvedVersion
 from prefix_service.client.protocol import Flow, Progress, Together
 from prefix_service.errors import PrefixServiceError
-from prefix_service.prefix.fingerprint import Fingerprint
+from prefix_service.prefix.fingerprint import NO_FINGERPRINT, Fingerprint
 from prefix_service.prefix.ranks import Rank
 from prefix_service.prefix.variant import KVDtype, Span
 
@@ -179,7 +179,7 @@ def base_model(self: Caller, reference: str) -> Flow[Fingerprint]:
         ConnectionFailed: the service did not answer before the deadline.
         InvalidResponse: the answer is no fingerprint.
     """
-    return resolving.base_model(reference)
+    return base_models.base_model(reference)
 
 
 def put_base_model(self: Caller, reference: str, fingerprint: Fingerprint) -> Flow[None]:
@@ -190,7 +190,8 @@ def put_base_model(self: Caller, reference: str, fingerprint: Fingerprint) -> Fl
         NotFound, TooLarge, …: the service reported it; nothing was changed.
         ConnectionFailed: the service did not answer before the deadline.
     """
-    return resolving.put_base_model(self._reading, reference, options.fingerprint("fingerprint", fingerprint))
+    known = options.fingerprint("fingerprint", fingerprint).known()
+    return base_models.put_base_model(self._reading.fingerprints, reference, known)
 
 
 def publish(
@@ -200,6 +201,7 @@ def publish(
     *,
     base_model_config: str | Path | None = None,
     annotations: Mapping[str, str] | None = None,
+    base_model: Fingerprint | None = None,
     progress: Progress | None = None,
 ) -> Flow[tuple[Mapping[str, Any], bool]]:
     """Publishes a local folder as a version of `tenant/name`. Returns the version's metadata, and whether it is new.
@@ -212,6 +214,8 @@ def publish(
         base_model_config: the base model's `config.json`, for dimensions that the adapter's config lacks.
         annotations: texts by key, such as author, run, metrics; they replace those of a recipe by the same key. They
             belong to a new version; an existing one keeps its own.
+        base_model: the fingerprint of the base model, from `fingerprint_of` or `read_fingerprint`; by default that of a
+            compiled prefix, from its folder. It is stored for an existing version too.
         progress: called with the bytes that were sent and their total, as in `get`.
 
     Raises:
@@ -223,7 +227,9 @@ def publish(
     """
     path = options.required_path("folder", folder)
     model = options.path("base_model_config", base_model_config)
-    return flows.publish_folder(adapter, path, model, annotations, options.callback("progress", progress))
+    known = None if base_model is None else options.fingerprint("base_model", base_model)
+    told = options.callback("progress", progress)
+    return flows.publish_folder(adapter, path, model, annotations, known, told)
 
 
 def publish_files(
@@ -235,6 +241,7 @@ def publish_files(
     *,
     card: bytes | None = None,
     annotations: Mapping[str, str] | None = None,
+    base_model: Fingerprint = NO_FINGERPRINT,
 ) -> Flow[tuple[Mapping[str, Any], bool]]:
     """Publishes a version of `tenant/name` from open files. Returns the version's metadata, and whether it is new.
 
@@ -247,6 +254,7 @@ def publish_files(
         annotations: texts by key, such as author, run, metrics. Like the card, they belong to a new version; an
         existing
             one keeps its own.
+        base_model: the fingerprint of the base model, stored for an existing version too.
 
     Raises:
         InvalidConfig, InvalidCheckpoint, TooLarge, …: the service reported the error; nothing was published.
@@ -257,7 +265,8 @@ def publish_files(
     model = None if base_model_config is None else options.content("base_model_config", base_model_config)
     text = None if card is None else options.content("card", card)
     config, weights = options.content("config", config), options.file("weights", weights)
-    return flows.publish(adapter, config, weights, model, text, annotations)
+    known = options.fingerprint("base_model", base_model)
+    return flows.publish(adapter, config, weights, model, text, annotations, known)
 
 
 def compose(self: Caller, adapter: str, references: Iterable[str]) -> Flow[tuple[Mapping[str, Any], bool]]:

@@ -10,16 +10,19 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
+from prefix_service.client.base_model_check import BaseModelCheck
 from prefix_service.client.cache.cache import Cached, LocalCache
 from prefix_service.client.cache.disk_cache import DiskCache, Entry
 from prefix_service.client.cache.fingerprints import Fingerprints
+from prefix_service.client.flows import base_models
 from prefix_service.client.flows.question import Question, require_version
 from prefix_service.client.flows.watched import Watched
 from prefix_service.client.options import PrefixOptions, json_bytes
-from prefix_service.client.protocol import Answer, Flow, Progress, Request, Work, adapter_path, check_digest
+from prefix_service.client.protocol import Answer, Flow, Progress, Request, Together, Work, adapter_path, check_digest
 from prefix_service.client.service_state import ServiceState
 from prefix_service.errors import InvalidRequest, InvalidResponse, PrefixServiceError
 from prefix_service.prefix.file_names import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
+from prefix_service.prefix.fingerprint import NO_FINGERPRINT, Fingerprint
 from prefix_service.prefix.references import Reference, parse_qualified
 
 if TYPE_CHECKING:
@@ -49,6 +52,7 @@ class Reading:
     is_service_known: bool
     service: ServiceState
     watched: Watched
+    base_model_check: BaseModelCheck
     fingerprints: Fingerprints = field(default_factory=Fingerprints)
 
     def is_of_service(self, catalog: str | None) -> bool:
@@ -104,10 +108,24 @@ def _cached(
         blocks = reading.disk is not None
         request = question.request(etag, read, is_verified=reading.verify_digest, blocks=blocks)
         cached = yield request if progress is None else replace(request, progress=progress)
+        cached = yield from _with_base_model(reading, cached)
         if stamp is not None:
             cached = replace(cached, stamp=stamp)
     reading.memory.put(question.key, cached)
     return cached
+
+
+def _with_base_model(reading: Reading, cached: Cached) -> Flow[Cached]:
+    """Returns a cached prefix with the fingerprint of its base model, which is asked for if the service has one."""
+    if reading.base_model_check == "off":
+        return cached
+    found: Fingerprint | PrefixServiceError = NO_FINGERPRINT
+    if cached.has_base_model:
+        found = yield from base_models.recent(reading.fingerprints, cached.prefix.reference)
+    if isinstance(found, PrefixServiceError):
+        log.info("the base model of %s cannot be compared: %s", cached.prefix.name, found)
+        return cached
+    return replace(cached, prefix=replace(cached.prefix, base_model=found))
 
 
 def _is_quickly_owned(reading: Reading, cached: Cached) -> bool:
@@ -165,7 +183,7 @@ def _received(reading: Reading, question: Question, cached: Cached | None, answe
 def _checked(reading: Reading, question: Question, cached: Cached | None, answer: Answer) -> Cached:
     if answer.status == 304 and cached is not None and cached.etag:
         question.require_current(cached.etag, cached.prefix.metadata, answer.headers)
-        return cached
+        return replace(cached, has_base_model=_names_base_model(answer.headers))
     if answer.status != 200:
         raise InvalidResponse(f"status {answer.status} where 200 was expected")
     if reading.verify_digest:
@@ -182,7 +200,12 @@ def _decoded(reading: Reading, question: Question, entry: Entry, headers: Mappin
 
     found = decode(entry.body, entry.etag, reading.allocate)
     question.require_answer(found.prefix.metadata, headers)
-    return replace(found, catalog=entry.catalog)
+    prefix = replace(found.prefix, base_model_check=reading.base_model_check)
+    return replace(found, prefix=prefix, catalog=entry.catalog, has_base_model=_names_base_model(headers))
+
+
+def _names_base_model(headers: Mapping[str, str]) -> bool:
+    return "prefix-base-model" in headers
 
 
 def publish(
@@ -192,9 +215,11 @@ def publish(
     base_model_config: bytes | None,
     card: bytes | None = None,
     annotations: Mapping[str, str] | None = None,
+    base_model: Fingerprint = NO_FINGERPRINT,
     progress: Progress | None = None,
 ) -> Flow[tuple[Mapping[str, Any], bool]]:
-    """Publishes a version of `tenant/name`; returns its metadata, and whether it is new."""
+    """Publishes a version of `tenant/name`, then stores the fingerprint of its base model; returns its metadata, and
+    whether it is new."""
     tenant, name = adapter_alone(adapter)
     files: dict[str, bytes | BinaryIO] = {CONFIG_NAME: config}
     if base_model_config is not None:
@@ -206,7 +231,21 @@ def publish(
     files[WEIGHTS_NAME] = weights
     path = adapter_path(tenant, name, "versions")
     answer: Answer = yield Request("POST", path, files=files, progress=progress)
-    return _published(tenant, name, answer)
+    version, is_new = _published(tenant, name, answer)
+    if base_model != NO_FINGERPRINT:
+        (stored,) = yield Together([_put_base_model(f"{adapter}@{version['digest']}", base_model)], 1)
+        if isinstance(stored, PrefixServiceError):
+            stored.message = (
+                f"{adapter}@{version['version']} is published, but the fingerprint of its base model is not stored "
+                f"(publish it again): {stored.message}"
+            )
+            stored.args = (stored.message,)
+            raise stored
+    return version, is_new
+
+
+def _put_base_model(reference: str, fingerprint: Fingerprint) -> Flow[None]:
+    yield from base_models.put_base_model(Fingerprints(), reference, fingerprint.known())
 
 
 def publish_folder(
@@ -214,14 +253,16 @@ def publish_folder(
     folder: Path,
     base_model_config: Path | None,
     annotations: Mapping[str, str] | None,
+    base_model: Fingerprint | None,
     progress: Progress | None,
 ) -> Flow[tuple[Mapping[str, Any], bool]]:
     """Publishes a version of `tenant/name` from a local folder; returns its metadata, and whether it is new."""
     adapter_alone(adapter)
     upload, model = yield Work(partial(_opened, folder, base_model_config))
     described = upload.recipe if annotations is None else {**upload.recipe, **annotations}
+    own = upload.base_model if base_model is None else base_model
     with upload.weights as weights:
-        return (yield from publish(adapter, upload.config, weights, model, upload.card, described, progress))
+        return (yield from publish(adapter, upload.config, weights, model, upload.card, described, own, progress))
 
 
 def _opened(folder: Path, base_model_config: Path | None) -> "tuple[Upload, bytes | None]":

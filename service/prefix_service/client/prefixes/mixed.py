@@ -1,7 +1,7 @@
 """A batch whose rows have prefixes of their own, and its use in a model."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any, Final, Self
@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any, Final, Self
 import torch
 from torch import Tensor
 
+from prefix_service.client.base_model_check import BaseModelCheck
 from prefix_service.client.prefixes.prefix import Prefix
 from prefix_service.errors import InvalidRequest
+from prefix_service.prefix.fingerprint import Fingerprint
 from prefix_service.prefix.kv import position_ids
 from prefix_service.prefix.mixed import MixedBatch, Row, RowPrefix, mixed_mask
 from prefix_service.prefix.variant import Identity
@@ -19,7 +21,7 @@ from prefix_service.prefix.wire.mixed_prefix_file import stacked
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
-_IDENTITY = [field.name for field in fields(Identity)]
+_IDENTITY = [each.name for each in fields(Identity)]
 
 
 _SHOWN: Final = 3  # rows in the `repr` of a batch
@@ -41,6 +43,10 @@ class MixedPrefix:
     """`rows`: for each row its `ref`, `version`, `digest` and `num_virtual_tokens`, or a list of these, or None."""
     inputs_mask: Tensor | None = None
     """The input's mask `[B, S]`, if it was given."""
+    base_models: Mapping[str, Fingerprint] = field(default_factory=dict)
+    """The fingerprint of each version's base model, by the version's name, as far as the service knew it."""
+    base_model_check: BaseModelCheck = "off"
+    """What `to_cache` and `generate` do with another model: the client's `base_model_check`."""
 
     def __repr__(self) -> str:
         batch, layers, _, heads, tokens, size = self.stacked.shape
@@ -123,10 +129,12 @@ class MixedPrefix:
 
         Raises:
             DimensionMismatch: the prefixes do not fit the model.
+            BaseModelMismatch: the base model of one is another, and the client refuses that.
             InvalidRequest: a layer of the model keeps something other than keys and values.
         """
         from prefix_service.client.transformers.caches import to_cache
 
+        self._check_base_models(config)
         return to_cache(self.past_key_values, config)
 
     def generate(self, model: Any, /, *args: Any, **options: Any) -> Any:
@@ -137,14 +145,22 @@ class MixedPrefix:
 
         Raises:
             DimensionMismatch: the prefixes do not fit the model.
+            BaseModelMismatch: the base model of one is another, and the client refuses that.
             InvalidRequest: an option cannot be used with a prefix, or the model cannot have prefixes of several
             lengths.
         """
         from prefix_service.client.transformers.generation import generate
 
+        self._check_base_models(model)
         if self.inputs_mask is not None and len(args) < 2:
             options.setdefault("attention_mask", self.inputs_mask)
         return generate(model, self.past_key_values, *args, prefix_mask=self.prefix_mask, **options)
+
+    def _check_base_models(self, model: Any) -> None:
+        from prefix_service.client.transformers.fingerprints import check_base_model
+
+        for name, trained in self.base_models.items():
+            check_base_model(name, trained, model, self.base_model_check)
 
 
 def assemble(
@@ -165,7 +181,10 @@ def assemble(
     shape = (len(rows), layers, 2, heads, batch.num_virtual_tokens, head_dim)
     memory = allocate(prod(shape) * prefixes[batch.first.ref].kv.tensor.itemsize)
     metadata = {"rows": [row.as_metadata() for row in batch.rows]}
-    mixed = MixedPrefix(stacked(batch, tensors, memory).view(shape), batch.lengths, metadata)
+    base_models = {prefix.name: prefix.base_model for prefix in prefixes.values()}
+    check = prefixes[batch.first.ref].base_model_check
+    rows_of = stacked(batch, tensors, memory).view(shape)
+    mixed = MixedPrefix(rows_of, batch.lengths, metadata, base_models=base_models, base_model_check=check)
     return mixed if attention_mask is None else mixed.for_inputs(attention_mask)
 
 

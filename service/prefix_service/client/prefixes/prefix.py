@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
+from prefix_service.client.base_model_check import BaseModelCheck
 from prefix_service.errors import InvalidRequest
+from prefix_service.prefix.fingerprint import NO_FINGERPRINT, Fingerprint
 from prefix_service.prefix.kv import PrefixKV, extend_mask, position_ids, prefix_mask
 
 if TYPE_CHECKING:
@@ -29,6 +31,10 @@ class Prefix:
     batch_size: int = 1
     rows: Tensor | None = None
     """`[L', 2, B, H', N, D]`, if the rows have memory of their own."""
+    base_model: Fingerprint = NO_FINGERPRINT
+    """The fingerprint of the version's base model, as far as the service knew it when the prefix was asked for."""
+    base_model_check: BaseModelCheck = "off"
+    """What `to_cache` and `generate` do with another model: the client's `base_model_check`."""
 
     def __repr__(self) -> str:
         metadata, tensor = self.metadata, self.kv.tensor
@@ -66,6 +72,16 @@ class Prefix:
     def digest(self) -> str:
         """The version's digest."""
         return str(self.metadata["digest"])
+
+    @property
+    def name(self) -> str:
+        """The version as people name it, `tenant/adapter@7`."""
+        return f"{self.metadata['tenant']}/{self.metadata['adapter']}@{self.version}"
+
+    @property
+    def reference(self) -> str:
+        """The version's immutable name, `tenant/adapter@sha256:…`."""
+        return f"{self.metadata['tenant']}/{self.metadata['adapter']}@{self.digest}"
 
     def for_batch(self, batch_size: int) -> Self:
         """Returns the same prefix for another number of rows, which share one memory; nothing is copied.
@@ -121,12 +137,14 @@ class Prefix:
 
         Raises:
             DimensionMismatch: the prefix does not fit the model.
+            BaseModelMismatch: its base model is another one, and the client refuses that.
             InvalidRequest: `max_cache_len` leaves no room, the architecture has no static cache, or a layer keeps
             something
                 other than keys and values.
         """
         from prefix_service.client.transformers.caches import to_cache
 
+        self._check_base_model(config)
         return to_cache(self.past_key_values, config, max_cache_len)
 
     def generate(self, model: Any, /, *args: Any, **options: Any) -> Any:
@@ -137,9 +155,18 @@ class Prefix:
 
         Raises:
             DimensionMismatch: the prefix does not fit the model.
+            BaseModelMismatch: its base model is another one, and the client refuses that.
             InvalidRequest: an option or an architecture cannot be used with a prefix.
         """
         from prefix_service.client.transformers.generation import generate
 
+        self._check_base_model(model)
         pairs = self.kv.pairs() if self.rows is None else self.past_key_values
         return generate(model, pairs, *args, **options)
+
+    def _check_base_model(self, model: Any) -> None:
+        if self.base_model_check == "off":
+            return
+        from prefix_service.client.transformers.fingerprints import check_base_model
+
+        check_base_model(self.name, self.base_model, model, self.base_model_check)

@@ -5,11 +5,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prefix_service.client.transformers.compiling import CompiledPrefix, compile_prefix
+    from prefix_service.client.transformers.fingerprints import fingerprint_of
     from prefix_service.client.transformers.texts import text_tokens
 
-__all__ = ["CompiledPrefix", "compile_prefix", "text_tokens"]
+__all__ = ["CompiledPrefix", "compile_prefix", "fingerprint_of", "text_tokens"]
 
-_MODULES = {"CompiledPrefix": "compiling", "compile_prefix": "compiling", "text_tokens": "texts"}
+_MODULES = {
+    "CompiledPrefix": "compiling",
+    "compile_prefix": "compiling",
+    "fingerprint_of": "fingerprints",
+    "text_tokens": "texts",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -16,11 +16,13 @@ from transformers import DynamicCache, PreTrainedConfig
 from prefix_service.checkpoints.folders import write_folder
 from prefix_service.client.transformers.caches import check_takes_prefix, provisioned, to_cache
 from prefix_service.client.transformers.devices import decoder_of, unwrapped
+from prefix_service.client.transformers.fingerprints import fingerprint_of
 from prefix_service.client.transformers.padding import Model, rope_changes_behind
 from prefix_service.client.transformers.texts import Role, Tokenizer, template_of, text_tokens
 from prefix_service.client.transformers.virtual_tokens import SoftPrompt, embeddings, read_soft_prompt
 from prefix_service.errors import InvalidRequest
 from prefix_service.prefix.config import parse_config
+from prefix_service.prefix.fingerprint import Fingerprint
 
 Progress = Callable[[int, int], None]
 """Called with the tokens that are done, and their total."""
@@ -38,13 +40,14 @@ class CompiledPrefix:
 
     `flat` is `[N, layers * 2 * heads * size]`, `config` its adapter_config.json. `recipe` says what was compiled, with
     which model, tokenizer and template; `publish` makes it the version's annotations. `token_ids` are the tokens, or
-    None if they are virtual.
+    None if they are virtual. `base_model` is the fingerprint of the model, which `publish` stores with the version.
     """
 
     flat: Tensor
     config: Mapping[str, Any]
     recipe: Mapping[str, str]
     token_ids: Sequence[int] | None
+    base_model: Fingerprint
 
     def with_recipe(self, **more: str) -> Self:
         """Returns the same prefix with more in its recipe."""
@@ -57,7 +60,7 @@ class CompiledPrefix:
             Conflict: the folder contains an adapter already.
             StorageFailed: the folder cannot be written.
         """
-        write_folder(Path(folder), self.config, {"prompt_embeddings": self.flat}, self.recipe)
+        write_folder(Path(folder), self.config, {"prompt_embeddings": self.flat}, self.recipe, self.base_model)
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +241,7 @@ def _compiled(
         "prefix-service": version("prefix-service"),
         "transformers": version("transformers"),
     }
-    return CompiledPrefix(flat, config, _recipe({**recipe, **used}), token_ids)
+    return CompiledPrefix(flat, config, _recipe({**recipe, **used}), token_ids, fingerprint_of(model))
 
 
 def _recipe(values: Mapping[str, str]) -> dict[str, str]:

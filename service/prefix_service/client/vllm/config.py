@@ -8,6 +8,7 @@ from typing import Any, Final, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
+from prefix_service.client.base_model_check import BaseModelCheck
 from prefix_service.errors import InvalidReference, InvalidRequest
 from prefix_service.prefix.references import parse_qualified
 
@@ -38,6 +39,9 @@ class ConnectorConfig(BaseModel):
     verify_digest: bool | None = None
     connections: int = 1
     shared_memory: bool = True
+    base_model_check: BaseModelCheck = "warn"
+    """What happens if an adapter was made for another base model: a warning in the log, an error (`refuse`), or
+    nothing (`off`)."""
     other_parameters: frozenset[str] = frozenset()
     """Keys of `kv_transfer_params` that another connector reads."""
     default_adapter: str | None = None

@@ -17,11 +17,14 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
     KVConnectorTransferResults,
     KVConnectorWorkerMetadata,
+    SupportsHMA,
 )
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.models.utils import extract_layer_index
 
+from prefix_service.client.vllm.base_model import BaseModel
 from prefix_service.client.vllm.config import CONNECTOR, MODULE, MULTI_CONNECTOR, ConnectorConfig
+from prefix_service.client.vllm.events import name_adapters
 from prefix_service.client.vllm.metrics import PrefixMetrics, PrefixStats
 from prefix_service.client.vllm.model import Model, refuse_model
 from prefix_service.client.vllm.resolver import Resolver
@@ -29,7 +32,7 @@ from prefix_service.client.vllm.scheduler import SchedulerHalf
 from prefix_service.client.vllm.shelf import Orders, Reports, Shelf
 from prefix_service.client.vllm.source import Source
 from prefix_service.client.vllm.tally import Tally
-from prefix_service.client.vllm.worker import WorkerHalf
+from prefix_service.client.vllm.worker import Layer, WorkerHalf
 from prefix_service.errors import InvalidRequest
 from prefix_service.prefix.ranks import kv_heads_of_rank
 
@@ -52,7 +55,7 @@ class PrefixReports(KVConnectorWorkerMetadata):  # type: ignore[misc] # vLLM is 
         return PrefixReports(self.reports.aggregate(other.reports))
 
 
-class PrefixConnector(KVConnectorBase_V1):  # type: ignore[misc] # vLLM is not installed where mypy runs
+class PrefixConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] # vLLM is not installed where mypy runs
     """Prefixes of prefix-service as keys and values that vLLM need not compute.
 
     Raises:
@@ -68,15 +71,20 @@ class PrefixConnector(KVConnectorBase_V1):  # type: ignore[misc] # vLLM is not i
         if role == KVConnectorRole.SCHEDULER:
             tally = Tally()
             shelf = Shelf(config.cache_bytes, vllm_config.parallel_config.world_size, tally)
-            resolver = Resolver(Source(config, config.cache_bytes), model)
+            base_model = BaseModel(vllm_config, config.base_model_check)
+            resolver = Resolver(Source(config, config.cache_bytes), model, base_model)
             self.half = SchedulerHalf(resolver, shelf, model, config, tally)
         else:
             rank = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
             heads = kv_heads_of_rank(model.num_kv_heads, rank)
             source = Source(config, cache_bytes=0)  # the scheduler decides what is kept
-            self.half = WorkerHalf(source, model, heads, vllm_config.cache_config.block_size)
+            self.half = WorkerHalf(source, model, heads)
 
     # --- The scheduler ---
+
+    def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
+        """Has the pool of blocks name adapters in its KV events."""
+        name_adapters(gpu_block_pool, self.half.adapter_of)
 
     def on_new_request(self, request: Any) -> None:
         """Prepares a request that arrived."""
@@ -89,7 +97,7 @@ class PrefixConnector(KVConnectorBase_V1):  # type: ignore[misc] # vLLM is not i
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """Notes the blocks of a request, so that this step fills them."""
-        self.half.allocated(request, blocks.get_block_ids()[0], num_external_tokens)
+        self.half.allocated(request, blocks.get_block_ids(), num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: Any) -> PrefixOrders:
         """Returns the orders for the workers."""
@@ -103,6 +111,13 @@ class PrefixConnector(KVConnectorBase_V1):  # type: ignore[misc] # vLLM is not i
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Forgets a request that ended; its blocks may be freed immediately."""
+        return False, self.half.finished(request)
+
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """Forgets a request that ended; vLLM calls this instead of `request_finished`, with the blocks of each group
+        of layers."""
         return False, self.half.finished(request)
 
     def reset_cache(self) -> bool:
@@ -146,8 +161,17 @@ class PrefixConnector(KVConnectorBase_V1):  # type: ignore[misc] # vLLM is not i
                 f'adapter\'s keys and values for another\'s: add "kv_connector_module_path": "{MODULE}" beside '
                 f'"kv_connector": "{MULTI_CONNECTOR}", which then keeps requests with adapters from the others'
             )
-        layers = self._vllm_config.compilation_config.static_forward_context
-        self.half.register({extract_layer_index(name): layers[name] for name in kv_caches})
+        modules = self._vllm_config.compilation_config.static_forward_context
+        groups = {
+            name: (number, group.kv_cache_spec.block_size)
+            for number, group in enumerate(self._kv_cache_config.kv_cache_groups)
+            for name in group.layer_names
+        }
+        layers = {}
+        for name in kv_caches:
+            if modules[name].kv_sharing_target_layer_name is None:  # else it reads another layer's keys and values
+                layers[extract_layer_index(name)] = Layer(modules[name], *groups[name])
+        self.half.register(layers)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Begins the scheduler's orders."""

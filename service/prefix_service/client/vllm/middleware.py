@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from prefix_service.client.vllm.answers import Labelled, Send, send_error, send_json
+from prefix_service.client.vllm.base_model import BaseModel
 from prefix_service.client.vllm.bodies import (
     Message,
     Receive,
@@ -72,7 +73,8 @@ class _Service:
         source, model = Source(config, config.cache_bytes), Model.of(vllm_config)
         permissions = Permissions(config, source)
         parent = models.base_model_paths[0].name if models is not None else ""
-        return cls(Resolver(source, model), permissions, ModelList(source, permissions, model, parent), model)
+        resolver = Resolver(source, model, BaseModel(vllm_config, config.base_model_check))
+        return cls(resolver, permissions, ModelList(source, permissions, model, parent), model)
 
     async def close(self) -> None:
         """Closes the connections."""

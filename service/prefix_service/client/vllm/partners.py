@@ -99,6 +99,14 @@ class _Unseeing:
         finished: tuple[bool, dict[str, Any] | None] = super().request_finished(request, block_ids)  # type: ignore[misc]
         return finished
 
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        if request.request_id in self.claimed:
+            return False, None
+        finished: tuple[bool, dict[str, Any] | None] = super().request_finished_all_groups(request, block_ids)  # type: ignore[misc]
+        return finished
+
     def register_finished_partial_tail(self, request: Any, block_ids: Any, partial_tail_offloads: Any) -> bool:
         if request.request_id in self.claimed:
             return False

@@ -51,8 +51,10 @@ TOUCHED: Final[Touched] = {
             "shutdown": (),
             "_get_connector_metadata": (),
             "_kv_transfer_config": (),
+            "_kv_cache_config": (),
             "_vllm_config": (),
         },
+        "SupportsHMA": {"request_finished_all_groups": ("request", "block_ids")},
         "KVConnectorTransferResults": {"finished_recving": (), "failed_recving": ()},
         "KVConnectorWorkerMetadata": {"aggregate": ("other",)},
         "KVConnectorMetadata": {},
@@ -62,6 +64,21 @@ TOUCHED: Final[Touched] = {
         "KVConnectorPromMetrics": {"observe": ("transfer_stats_data", "engine_idx"), "per_engine_labelvalues": ()},
     },
     _MULTI: {"MultiConnector": {"_connectors": (), "_get_connector_classes_and_configs": ("vllm_config",)}},
+    "v1/kv_cache_interface.py": {
+        "KVCacheConfig": {"kv_cache_groups": ()},
+        "KVCacheGroupSpec": {"layer_names": (), "kv_cache_spec": ()},
+        "KVCacheSpec": {"block_size": ()},
+        "UniformTypeKVCacheSpecs": {"kv_cache_specs": ()},
+        "FullAttentionSpec": {},
+        "SlidingWindowSpec": {},
+        "ChunkedLocalAttentionSpec": {},
+    },
+    "v1/core/block_pool.py": {"BlockPool": {"null_block": ()}},
+    "model_executor/layers/attention/attention.py": {
+        "Attention": dict.fromkeys(
+            ("impl", "kv_cache", "num_kv_heads", "head_size", "kv_sharing_target_layer_name"), ()
+        )
+    },
     "v1/outputs.py": {
         "KVConnectorOutput": dict.fromkeys(
             ("kv_connector_worker_meta", "finished_sending", "finished_recving", "failed_recving"), ()

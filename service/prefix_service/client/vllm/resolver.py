@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Final
 
 from prefix_service.client.vllm.background import all_of
+from prefix_service.client.vllm.base_model import BaseModel
 from prefix_service.client.vllm.composition import Composition, Version
 from prefix_service.client.vllm.model import Model
 from prefix_service.client.vllm.requests import References
@@ -65,8 +66,8 @@ class Resolver:
     requests alone, and of these only the ones whose adapter was never resolved.
     """
 
-    def __init__(self, source: Source, model: Model) -> None:
-        self._source, self._model, self._memory = source, model, _Memory()
+    def __init__(self, source: Source, model: Model, base_model: BaseModel) -> None:
+        self._source, self._model, self._base_model, self._memory = source, model, base_model, _Memory()
         self._questions: dict[str, _Question] = {}
         self._slots, self._turns = Share(_QUESTIONS), Turns[tuple[str, asyncio.Future[None]]]()
         self._late: dict[str, asyncio.Task[None]] = {}  # of each tenant without an answer, the task that waits for one
@@ -85,6 +86,7 @@ class Resolver:
         Raises:
             PrefixServiceError: the service reported it, or did not answer before the client's deadline.
             DimensionMismatch: a version is one for another model.
+            BaseModelMismatch: the same by its fingerprint, if that is refused.
         """
         return Composition(tuple(await all_of(self._resolve(reference) for reference in references)))
 
@@ -137,6 +139,7 @@ class Resolver:
                 f"{tenant} are asked {self._slots.of(tenant)} in parallel, and the others wait"
             ) from error
         self._model.check(asdict(found))
+        await asyncio.to_thread(self._base_model.check, found)
         version = Version(found.tenant, found.adapter, found.version, found.digest, found.num_virtual_tokens)
         forever = float("inf")
         self._memory.put(reference, version, forever if parsed.immutable else time.monotonic() + _FRESH)

@@ -29,7 +29,7 @@ from prefix_service.client.vllm.requests import (
 from prefix_service.client.vllm.resolver import Resolver
 from prefix_service.client.vllm.salt import Salts
 from prefix_service.client.vllm.shelf import Load, Orders, Parcel, Reports, Shelf
-from prefix_service.client.vllm.tally import CACHE, Tally
+from prefix_service.client.vllm.tally import CACHE, Tally, adapter_name
 from prefix_service.errors import Internal, PrefixServiceError, Unavailable
 
 log = logging.getLogger("vllm.prefix_service")
@@ -84,6 +84,13 @@ class SchedulerHalf:
     def claims(self, request_id: str) -> bool:
         """Returns whether an unfinished request names an adapter, or tried to and is refused."""
         return request_id in self._tickets
+
+    def adapter_of(self, request_id: str) -> str | None:
+        """Returns the name of an unfinished request's adapters, as metrics have it; None if it has none."""
+        ticket = self._tickets.get(request_id)
+        if ticket is None or ticket.composition is None:
+            return None
+        return adapter_name(ticket.composition.references)
 
     def matched(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Returns how many tokens after the computed ones come from the prefix, and whether they come later.
@@ -160,8 +167,9 @@ class SchedulerHalf:
         _bind(request, self._salts.of(composition, request.cache_salt))
         ticket.composition = composition
 
-    def allocated(self, request: Any, block_ids: Sequence[int], num_tokens: int) -> None:
-        """Notes the blocks of a request, into which `num_tokens` of its prefix are to be written."""
+    def allocated(self, request: Any, block_ids: Sequence[Sequence[int]], num_tokens: int) -> None:
+        """Notes the blocks of a request in each group of layers, into which `num_tokens` of its prefix are to be
+        written."""
         ticket = self._tickets.get(request.request_id)
         if ticket is None:
             return
@@ -174,7 +182,7 @@ class SchedulerHalf:
             self._loads.append(Load(request.request_id, None))
             return
         end = ticket.composition.num_virtual_tokens
-        self._loads.append(Load(request.request_id, ticket.parcel.number, end - num_tokens, end, list(block_ids)))
+        self._loads.append(Load(request.request_id, ticket.parcel.number, end - num_tokens, end, block_ids))
         self._leave(request.request_id)  # the workers carry out a step's loads before they drop anything
 
     def take_orders(self) -> Orders:

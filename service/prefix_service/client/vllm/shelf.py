@@ -20,14 +20,14 @@ _FETCHES: Final = 32  # in parallel on each worker; fetches wait for a network, 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Orders the workers to write positions `start` to `end` of a parcel into the blocks `block_ids` of a request, or,
-    without a parcel, to report the request as failed."""
+    """Orders the workers to write positions `start` to `end` of a parcel into a request's blocks, or, without a parcel,
+    to report the request as failed. `block_ids` has the blocks of each of vLLM's groups of layers."""
 
     request_id: str
     parcel: int | None
     start: int = 0
     end: int = 0
-    block_ids: Sequence[int] = ()
+    block_ids: Sequence[Sequence[int]] = ()
 
 
 @dataclass(frozen=True, slots=True)

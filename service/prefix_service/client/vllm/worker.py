@@ -6,7 +6,8 @@ import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
@@ -24,20 +25,41 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("vllm.prefix_service")
 
+_NULL_BLOCK: Final = 0
+"""The block that vLLM puts in place of blocks that a group does not keep (`BlockPool.null_block`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """An attention layer of vLLM with keys and values of its own; `group` is the group of blocks that holds them."""
+
+    module: Any
+    group: int
+    block_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """The positions `start` to `end` of a prefix that a group of blocks keeps, and the slot of each."""
+
+    start: int
+    end: int
+    slots: Tensor
+
 
 class WorkerHalf:
     """The worker's side of the connector. One thread makes all calls, and no other writes
     to the cache, so no write overlaps a forward pass on any stream."""
 
-    def __init__(self, source: Source, model: Model, kv_heads: Span, block_size: int) -> None:
-        self._source, self._model, self._kv_heads, self._block_size = source, model, kv_heads, block_size
+    def __init__(self, source: Source, model: Model, kv_heads: Span) -> None:
+        self._source, self._model, self._kv_heads = source, model, kv_heads
         self._background = Background("prefix-bytes")
-        self._layers: dict[int, Any] = {}
+        self._layers: dict[int, Layer] = {}
         self._parcels: dict[int, Future[list[Prefix]]] = {}  # by number, arrived or on their way
         self._unreported: set[int] = set()
         self._loads: list[tuple[Load, Future[list[Prefix]] | None]] = []
 
-    def register(self, layers: Mapping[int, Any]) -> None:
+    def register(self, layers: Mapping[int, Layer]) -> None:
         """Registers the attention layers of this rank, by their number in the model.
 
         Raises:
@@ -47,12 +69,22 @@ class WorkerHalf:
         if set(layers) != set(range(first, last)):
             raise InvalidRequest(f"PrefixConnector needs attention in every layer, and found it in {sorted(layers)}")
         for number, layer in layers.items():
-            if not hasattr(layer.impl, "do_kv_cache_update"):
-                backend = type(layer.impl).__name__
+            if not hasattr(layer.module.impl, "do_kv_cache_update"):
+                backend = type(layer.module.impl).__name__
                 raise InvalidRequest(
                     f"the attention backend of layer {number}, {backend}, cannot write keys and values"
                 )
+            self._check_shape(number, layer.module)
         self._layers = dict(sorted(layers.items()))
+
+    def _check_shape(self, number: int, module: Any) -> None:
+        own = module.num_kv_heads, module.head_size
+        expected = self._kv_heads[1] - self._kv_heads[0], self._model.head_dim
+        if own != expected and (not self._model.layers_differ or own[0] > expected[0] or own[1] > expected[1]):
+            raise InvalidRequest(
+                f"layer {number} of this rank has {own[0]} key/value heads of size {own[1]}, and the model's "
+                f"configuration {expected[0]} of size {expected[1]}: prefixes would not fit"
+            )
 
     def start(self, orders: Orders) -> None:
         """Begins the scheduler's orders."""
@@ -105,23 +137,39 @@ class WorkerHalf:
     def _write(self, load: Load, prefixes: "Sequence[Prefix]") -> None:
         """Writes prefixes into a request's blocks.
 
-        The attention backend's own writer knows their layout and dtype.
+        The attention backend's own writer knows their layout and dtype. A layer with a window keeps the blocks that the
+        window reaches alone; the prefix is written to all of each, since other requests may take over whole blocks.
         """
-        device = next(iter(self._layers.values())).kv_cache.device
-        positions = torch.arange(load.start, load.end)
-        blocks = torch.tensor(load.block_ids)
-        slots = (blocks[positions // self._block_size] * self._block_size + positions % self._block_size).to(device)
+        groups = {layer.group: layer.block_size for layer in self._layers.values()}
+        places = {group: _places(load, load.block_ids[group], size) for group, size in groups.items()}
         tensors = [prefix.kv.tensor for prefix in prefixes]
         for layer, *parts in zip(self._layers.values(), *tensors, strict=True):
-            pair = parts[0] if len(parts) == 1 else torch.cat(parts, -2)  # (2, H', N, D)
-            key, value = (_tokens_first(one, load, device) for one in pair)
-            layer.impl.do_kv_cache_update(layer, key, value, layer.kv_cache, slots)
+            place, module = places[layer.group], layer.module
+            if place.start < place.end:
+                device = module.kv_cache.device
+                pair = parts[0] if len(parts) == 1 else torch.cat(parts, -2)  # (2, H', N, D)
+                narrow = pair[:, : module.num_kv_heads, place.start : place.end, : module.head_size]
+                key, value = (_tokens_first(one, device) for one in narrow)
+                if self._model.evens_first:
+                    key = torch.cat((key[..., 0::2], key[..., 1::2]), -1)
+                module.impl.do_kv_cache_update(module, key, value, module.kv_cache, place.slots.to(device))
 
     def close(self) -> None:
         """Ends the thread and the connections."""
         self._background.close(self._source.close)
 
 
-def _tokens_first(tensor: Tensor, load: Load, device: torch.device) -> Tensor:
-    # (H', N, D) -> (end - start, H', D)
-    return tensor[:, load.start : load.end].transpose(0, 1).to(device).contiguous()
+def _places(load: Load, block_ids: Sequence[int], block_size: int) -> _Places:
+    """Returns where a group of blocks keeps the positions of a load: from some position on, or nowhere."""
+    positions = torch.arange(load.start, load.end)
+    blocks = torch.full((-(-load.end // block_size),), _NULL_BLOCK)
+    given = torch.tensor(block_ids[: len(blocks)], dtype=blocks.dtype)
+    blocks[: len(given)] = given
+    kept = positions[blocks[positions // block_size] != _NULL_BLOCK]
+    start = int(kept[0]) if len(kept) else load.end
+    return _Places(start, start + len(kept), blocks[kept // block_size] * block_size + kept % block_size)
+
+
+def _tokens_first(tensor: Tensor, device: torch.device) -> Tensor:
+    # (H', N, D) -> (N, H', D)
+    return tensor.transpose(0, 1).to(device).contiguous()

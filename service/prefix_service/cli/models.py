@@ -1,0 +1,64 @@
+"""Base models on this machine, loaded by transformers without its own output; imports nothing of it until then."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from enum import StrEnum
+from typing import Any
+
+from prefix_service.errors import InvalidRequest
+
+
+class Dtype(StrEnum):
+    """The dtype in which a model computes."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+def auto_class(name: str) -> Any:
+    """Returns one of transformers' classes that load by a folder or a name."""
+    import transformers
+
+    return getattr(transformers, name)
+
+
+def load_model(name: str, dtype: Dtype | None, device: str) -> Any:
+    """Returns a causal language model on a device, by default in the dtype of its weights."""
+    found = auto_class("AutoModelForCausalLM").from_pretrained(name, dtype="auto" if dtype is None else dtype.value)
+    return found.to(device)
+
+
+def loaded(name: str, load: Callable[[], Any]) -> Any:
+    """Returns what transformers loads.
+
+    Raises:
+        InvalidRequest: it cannot.
+    """
+    try:
+        return load()
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        AssertionError,
+        ImportError,
+    ) as error:  # torch asserts that there is CUDA
+        reason = " ".join(str(error).split())
+        raise InvalidRequest(f"the model {name} cannot be loaded: {reason:.500}") from error
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keeps transformers' own bars and warnings from the terminal: the command shows what matters."""
+    from transformers import logging as module
+
+    logging: Any = module
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()

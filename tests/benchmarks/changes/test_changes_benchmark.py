@@ -1,0 +1,24 @@
+"""Runs `python -m tests.benchmarks.changes` in short: what it counts must hold, and times are the command's."""
+
+from pathlib import Path
+
+from tests.benchmarks.changes.__main__ import grids, measure
+from tests.fleet.starting import Engines
+from tests.postgresql import PostgreSQL
+from tests.seaweedfs import SeaweedFS
+
+
+def test_a_change_reaches_every_replica(postgresql: PostgreSQL, seaweedfs: SeaweedFS, tmp_path: Path) -> None:
+    """A moved alias and a revoked key arrive with notifications and without; nobody reads what was before its own
+    change; a watching client has what an alias moved to; and reads of what is in memory send no statement.
+    """
+    engines = Engines.new(postgresql, seaweedfs)
+    found = measure(engines, tmp_path, changes=3, seconds=2)
+    postgresql.drop(engines.database)
+    for followed in (found.notified, found.unnotified):
+        assert (len(followed.moves), len(followed.revocations)) == (3, 3)
+    assert (found.written.stale, found.written.refused, len(found.written.seconds)) == (0, 0, 9)
+    assert (found.watched.cold, len(found.watched.seconds)) == (0, 3)
+    # Each read would add statements, and what is done beside them adds some at any moment.
+    assert found.loaded.statements - found.idle.statements < 0.2 * found.loaded.requests
+    assert [len(grid.rows) for grid in grids(found).values()] == [6, 3, 2]

@@ -1,0 +1,21 @@
+"""The fleet that other tests use: three replicas behind HAProxy."""
+
+from tests.api.helpers import tensors_of, upload
+from tests.fleet.starting import Fleet
+from tests.processes import eventually
+
+
+def test_each_replica_serves_what_came_through_haproxy(whole_fleet: Fleet) -> None:
+    """Also after it was replaced; HAProxy notices that it is away, and that it is back."""
+    proxy = whole_fleet.client()
+    published = upload(proxy, "acme", "whole")
+    assert published.status_code == 201, published.text
+    revision = {"Prefix-Min-Revision": published.headers["Prefix-Revision"]}
+    whole_fleet.stop(1)
+    assert len(whole_fleet.servers) == 2
+    assert proxy.get("/v1/tenants/acme/adapters/whole/prefix").status_code == 200
+    whole_fleet.start(1)
+    for server in whole_fleet.servers.values():
+        answer = server.client(whole_fleet.admin_key).get("/v1/tenants/acme/adapters/whole/prefix", headers=revision)
+        tensors_of(answer)
+    eventually(lambda: len(proxy.get("/v1/replicas").json()["items"]) == 3)
