@@ -1,6 +1,6 @@
 """Makes the checkpoints of this folder with the projects' own code; README.md has the commits and the commands.
 
-Each folder gets a checkpoint as its project saves it, and `expected.safetensors`: the keys and values that the
+Each folder gets a checkpoint as its project saves it, and `expected/` a file of its name: the keys and values that the
 project's own code hands to the model.
 """
 
@@ -48,7 +48,8 @@ def expected(folder: Path, pairs: object) -> None:
     for layer, (key, value) in enumerate(pairs):
         tensors[f"past_key_values.{layer}.key"] = key.detach().clone().contiguous()
         tensors[f"past_key_values.{layer}.value"] = value.detach().clone().contiguous()
-    save_file(tensors, folder / "expected.safetensors")
+    (HERE / "expected").mkdir(exist_ok=True)
+    save_file(tensors, HERE / "expected" / f"{folder.name}.safetensors")
 
 
 def emptied(name: str) -> Path:

@@ -116,7 +116,7 @@ def publish(
     if is_address(words[0]):
         address = parse_address(words[0])
         with connect(url, api_key) as client:
-            version, is_new = _publish_address(client, address, adapter, config, base_config, annotations)
+            version, is_new = _publish_address(client, address, adapter, config, base_config, fingerprint, annotations)
         _tell_published(version, is_new=is_new, as_json=as_json)
         return
     source = Path(words[0])
@@ -195,6 +195,7 @@ def _publish_address(
     adapter: str,
     config: Path | None,
     base_config: Path | None,
+    fingerprint: "Fingerprint | None",
     annotations: Mapping[str, str],
 ) -> tuple[Mapping[str, Any], bool]:
     """Downloads an adapter from an address and publishes it. Returns the version, and whether it is new."""
@@ -208,7 +209,8 @@ def _publish_address(
         if found.converted is not None:
             note(f"converted: {found.converted}")
         base = None if base_config is None else base_config.read_bytes()
-        return _publish_source(client, found.folder, adapter, None, base, {**found.annotations, **annotations})
+        described = {**found.annotations, **annotations}
+        return _publish_source(client, found.folder, adapter, None, base, fingerprint, described)
 
 
 @dataclass(frozen=True, slots=True)
