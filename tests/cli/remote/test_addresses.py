@@ -59,7 +59,7 @@ def test_other_addresses_are_refused_without_repeating_their_secrets(word: str) 
     """Credentials, queries and what leads elsewhere are errors, which show no secret."""
     with pytest.raises(InvalidRequest) as refused:
         parse_address(word)
-    assert "secret" not in str(refused.value).replace("'a/../secret'", "")
+    assert "secret" not in str(refused.value).replace("'../secret'", "")
 
 
 def _archive(path: Path, *members: tuple[str, bytes, bytes]) -> Path:
@@ -110,8 +110,8 @@ def test_an_archive_that_leads_elsewhere_is_refused(
 
 @pytest.mark.parametrize(
     "damage",
-    [lambda data: data[:60], lambda data: data[:-12], lambda _: b"no archive"],
-    ids=["beginning", "no-end", "other"],
+    [lambda data: data[:60], lambda data: data[: len(data) // 2], lambda _: b"no archive"],
+    ids=["beginning", "half", "other"],
 )
 def test_a_damaged_archive_is_refused(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     """An archive that ends too soon, or is none, is an error."""

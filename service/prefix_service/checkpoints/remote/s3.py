@@ -125,7 +125,7 @@ def _error(address: Address, error: Exception) -> PrefixServiceError:
         )
     if isinstance(error, PermissionDeniedError) or status == HTTPStatus.FORBIDDEN:
         return Forbidden(f"these credentials may not read {address}: look at AWS_ACCESS_KEY_ID")
-    if isinstance(error, FileNotFoundError):
+    if isinstance(error, FileNotFoundError) or status == HTTPStatus.NOT_FOUND:
         return NotFound(f"there is no {address}: look at the bucket's name and AWS_ENDPOINT_URL")
     if status:
         return InvalidRequest(f"the server refused {address} with status {status}")
