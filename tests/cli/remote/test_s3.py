@@ -128,17 +128,17 @@ def test_a_server_that_is_away_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_redirect_is_given_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server that redirects elsewhere leads to no request with a signature or a session token there."""
+    """A server that redirects elsewhere leads to no request with a key's id or a signature there."""
 
     class Redirecting(Handler):
         def answer(self, path: str, headers: dict[str, str]) -> tuple[int, dict[str, str], bytes]:
             return 307, {"Location": f"{elsewhere.url}{path}"}, b""
 
     with serving(storage_handler({})) as elsewhere, serving(Redirecting) as first:
-        for name, value in {**KEYS, "AWS_SESSION_TOKEN": "session", "AWS_ENDPOINT_URL": first.url}.items():
+        for name, value in {**KEYS, "AWS_ENDPOINT_URL": first.url}.items():
             monkeypatch.setenv(name, value)
         with pytest.raises(PrefixServiceError):
             fetched("s3://adapters/team/sound")
         assert first.authorizations() != {None}
         assert elsewhere.authorizations() <= {None}
-        assert not any("x-amz-security-token" in headers for _, _, headers in elsewhere.requests)
+        assert not any(KEYS["AWS_ACCESS_KEY_ID"] in str(request) for request in elsewhere.requests)
