@@ -63,7 +63,7 @@ def serving(handler: type[Handler]) -> Iterator[Seen]:
     """Serves until the block ends; yields the address, and what comes."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     handler.seen = Seen(f"http://127.0.0.1:{server.server_address[1]}")
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
     try:
         yield handler.seen

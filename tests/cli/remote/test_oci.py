@@ -181,7 +181,7 @@ def _address(seen: Seen) -> str:
     return f"oci://{seen.url.removeprefix('http://')}/a:v1"
 
 
-def test_redirects_are_given_no_password(hostile: tuple[type[Hostile], Seen]) -> None:
+def test_redirects_are_given_no_password(hostile: tuple[type[Hostile], Seen], tmp_path: Path) -> None:
     """A blob may come from another host, which is sent no credentials, also if it asks for them."""
     handler, seen = hostile
     weights = (ADAPTER / FILES[1]).read_bytes()
@@ -193,6 +193,7 @@ def test_redirects_are_given_no_password(hostile: tuple[type[Hostile], Seen]) ->
             return (401, {"WWW-Authenticate": 'Basic realm="x"'}, b"") if self.wants else (200, {}, weights)
 
     with serving(Storage) as storage:
+        (tmp_path / ".netrc").write_text("machine 127.0.0.1 login user password secret\n")  # of curl, not of docker
         handler.blobs[_digest(weights)] = (307, {"Location": f"{storage.url}/blob?signature=x"}, b"")
         files, _ = fetched(_address(seen))
         assert files[FILES[1]] == weights

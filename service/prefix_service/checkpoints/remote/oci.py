@@ -22,7 +22,7 @@ from urllib.parse import urljoin, urlsplit
 import oras.auth
 import oras.container
 import requests
-from requests import Response
+from requests import PreparedRequest, Response
 
 from prefix_service.checkpoints.remote.address import Address
 from prefix_service.checkpoints.remote.archives import archived_files, extract
@@ -52,8 +52,21 @@ _TIMEOUT: Final = (10.0, 30.0)  # seconds: to connect, and between two pieces
 _CHUNK: Final = 1 << 20
 
 
+def _as_it_is(request: PreparedRequest) -> PreparedRequest:
+    return request
+
+
 class _Session(requests.Session):
-    """A session with deadlines, in which no host that a redirect leads to is given a password."""
+    """A session with deadlines that gives no host to which a redirect leads a password, and never reads ~/.netrc."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.auth = _as_it_is  # else ~/.netrc's password would take the place of the token
+
+    def rebuild_auth(self, prepared_request: PreparedRequest, response: Response) -> None:
+        """Keeps `Authorization` from another host, as `requests.Session` does, and puts no password in its place."""
+        if self.should_strip_auth(str(response.request.url), str(prepared_request.url)):
+            prepared_request.headers.pop("Authorization", None)
 
     def request(self, *args: Any, **options: Any) -> Response:
         """Sends a request as `requests.Session` does.
