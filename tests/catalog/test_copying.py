@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from prefix_service.catalog.catalog import Catalog
 from prefix_service.catalog.claim import Claim, require_claim
 from prefix_service.catalog.copying import Rows, begin, copy_rows, finish, require_earlier
 from prefix_service.catalog.database import Database
@@ -21,7 +20,7 @@ from prefix_service.catalog.usage import UsageStore
 from prefix_service.errors import Conflict
 from prefix_service.prefix.description import Description
 from prefix_service.prefix.references import parse_reference
-from tests.catalog.conftest import BY, Content, remove_deleted
+from tests.catalog.conftest import BY, Content, HoldingCatalog, remove_deleted
 from tests.postgresql import PostgreSQL
 
 HOUR = datetime.fromisoformat("2026-11-01T10:00:00")
@@ -68,7 +67,7 @@ def contents(database: Database) -> dict[str, list[tuple[Any, ...]]]:
 
 
 def fill(database: Database, content: Content, secret: Path) -> None:
-    tenants, adapters = Tenants(database), Catalog(database)
+    tenants, adapters = Tenants(database), HoldingCatalog(database)
     for tenant in ("acme", "beta"):
         tenants.put(tenant, BY, Quotas(10, None, 5))
         for word in ("one", "two"):
@@ -98,7 +97,7 @@ def test_a_copy_follows_what_changed(both: tuple[Database, Database], content: C
     source, target = both
     fill(source, content, secret)
     copied(both)
-    tenants, adapters = Tenants(source), Catalog(source)
+    tenants, adapters = Tenants(source), HoldingCatalog(source)
     adapters.delete("acme", parse_reference("a"), BY)
     remove_deleted(source)
     adapters.add_version("acme", "c", content("four"), BY)  # SQLite gives it the id of the one that went
@@ -117,7 +116,7 @@ def test_a_copy_goes_on_counting(both: tuple[Database, Database], content: Conte
     source, target = both
     fill(source, content, secret)
     copied(both)
-    assert Catalog(target).add_version("acme", "a", content("six"), BY)[0].number == 3
+    assert HoldingCatalog(target).add_version("acme", "a", content("six"), BY)[0].number == 3
     Tenants(target).put("delta", BY)
     before, after = contents(source), contents(target)
     assert after["catalog"][0][1] > before["catalog"][0][1]

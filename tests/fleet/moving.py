@@ -252,7 +252,7 @@ def named(place: Path | str) -> set[str]:
     """Returns the digests of all blobs that a catalog names. Versions of a deleted adapter name none: their rows are
     removed a moment later.
     """
-    query = sa.select(versions.c.weights, versions.c.key_values).join(adapters).join(tenants)
+    query = sa.select(versions.c.weights, versions.c.key_values).select_from(versions.join(adapters).join(tenants))
     query = query.where(sa.not_(adapters.c.deleted), sa.not_(tenants.c.deleted))
     with closing(Database(place, read_only=True)) as database, database.reading() as connection:
         return {digest for row in connection.execute(query) for digest in row}

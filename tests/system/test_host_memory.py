@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from prefix_service.system.host_memory import host_memory, return_freed_memory
+from prefix_service.system.host_memory import host_memory, return_freed_memory, trimmed
 
 
 @pytest.mark.parametrize("nbytes", [0, 1, (32 << 20) - 1, 32 << 20, (33 << 20) + 3])
@@ -61,3 +61,34 @@ print(resident() - before)
 """
     grown = int(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout)
     assert grown < 4 << 20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+def test_small_blocks_return_to_the_system_too() -> None:
+    """64 MiB of freed blocks behind one that is kept return within seconds; without the call glibc keeps them."""
+    script = f"""
+import asyncio, time
+from pathlib import Path
+from {trimmed.__module__} import trimmed
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * {resource.getpagesize()}
+
+async def main():
+    before = resident()
+    blocks = [bytearray(b"x") * (64 << 10) for _ in range(1024)]
+    last = bytearray(b"x") * (64 << 10)
+    del blocks
+    kept = resident() - before
+    async with trimmed():
+        until = time.monotonic() + 60
+        while resident() - before > 8 << 20 and time.monotonic() < until:
+            await asyncio.sleep(0.1)
+    print(kept, resident() - before)
+
+asyncio.run(main())
+"""
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    kept, left = map(int, done.stdout.split())
+    assert kept > 32 << 20
+    assert left < 8 << 20

@@ -75,6 +75,7 @@ from prefix_service.library.wiring import compose
 from prefix_service.registry.admission import Admission
 from prefix_service.registry.registry import AdapterRegistry, choose_device
 from prefix_service.settings import Settings
+from prefix_service.system.host_memory import trimmed
 
 _DESCRIPTION = (
     "Hosts trained prefix-tuning adapters for many tenants and hands their `past_key_values` and attention masks to "
@@ -128,6 +129,7 @@ def create_app(settings: Settings, metrics: Metrics | None = None) -> App:
                         state.live.sampled(),
                         state.usage_counts.running(),
                         state.fleet.running(),
+                        trimmed(),
                     ):
                         yield
         finally:

@@ -1,13 +1,19 @@
 """Allocates host memory for bytes that are read in one go, and returns what is freed to the system."""
 
+import asyncio
 import contextlib
 import ctypes
 import mmap
+from collections.abc import AsyncIterator
 from typing import Final
+
+from prefix_service.system.turns import in_thread
 
 _LARGE: Final = 32 << 20  # from this size on, malloc never reuses memory
 _RETURNED: Final = 2 << 20
 _ARENAS: Final = 2
+_KEPT: Final = 32 << 20  # bytes of free blocks that malloc may keep
+_TRIM_PAUSE: Final = 2.0  # seconds
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # mallopt(3)
 
 
@@ -22,6 +28,38 @@ def return_freed_memory() -> None:
         library = ctypes.CDLL(None)
         library.mallopt(_M_MMAP_THRESHOLD, _RETURNED)
         library.mallopt(_M_ARENA_MAX, _ARENAS)
+
+
+@contextlib.asynccontextmanager
+async def trimmed() -> AsyncIterator[None]:
+    """Returns the small blocks that were freed to the system, too, every few seconds while the block runs, if there is
+    much of them: glibc alone gives back what is free at the end of its heap.
+    """
+    trimming = asyncio.create_task(_keep_trimming())
+    try:
+        yield
+    finally:
+        trimming.cancel()
+
+
+async def _keep_trimming() -> None:
+    while True:
+        await asyncio.sleep(_TRIM_PAUSE)
+        await in_thread(_trim)
+
+
+def _trim() -> None:
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL(None)
+        library.mallinfo2.restype = _Heap
+        if library.mallinfo2().fordblks > _KEPT:
+            library.malloc_trim(0)
+
+
+class _Heap(ctypes.Structure):
+    """What `mallinfo2` returns; `fordblks` is the bytes of all free blocks (mallinfo(3))."""
+
+    _fields_ = (("before", ctypes.c_size_t * 8), ("fordblks", ctypes.c_size_t), ("keepcost", ctypes.c_size_t))
 
 
 def host_memory(nbytes: int) -> memoryview:

@@ -231,7 +231,7 @@ def test_inspect(client: httpx.Client, case: str) -> None:
     assert version["total_virtual_tokens"] == tokens * (2 if case.startswith("t5") else 1)
     assert version["size"] == {"weights": size, "key_values": tokens * layers * 2 * width * 4}
     assert version["aliases"] == []
-    assert version["residency"].keys() == {"resident", "pinned", "device"}
+    assert version["residency"].keys() == {"resident", "pinned", "device", "process", "processes"}
     assert version["created"].endswith("Z")
     hidden, flat = told.get("encoder_hidden_size"), tokens * layers * 2 * width
     if case == "llama-n20-proj-trainstate":

@@ -98,7 +98,8 @@ def measure(watchers: int, seconds: float) -> Found:
             def events() -> bool:
                 for one in processes:
                     one.send("")
-                return sum(one.recv() for one in processes) >= watchers
+                received: list[int] = [one.recv() for one in processes]
+                return sum(received) >= watchers
 
             eventually(events, 300)
             told = time.monotonic() - began

@@ -5,7 +5,7 @@ import contextlib
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
+from multiprocessing.context import SpawnProcess
 from typing import Final
 
 PROCESSES: Final = 4
@@ -28,7 +28,7 @@ def crowd(port: int, keys: Sequence[str], count: int) -> Iterator[list[Connectio
         RuntimeError: a watcher was refused.
     """
     context = multiprocessing.get_context("spawn")
-    processes: list[BaseProcess] = []
+    processes: list[SpawnProcess] = []
     mine: list[Connection] = []
     for number in range(PROCESSES):
         one, other = context.Pipe()

@@ -27,13 +27,17 @@ class Relay:
         return await asyncio.start_server(self._relay, "127.0.0.1", self.port)
 
     async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        cuts = self._cuts
+        cuts, writers = self._cuts, [writer]
         self._connections.add(asyncio.current_task())
-        with contextlib.suppress(OSError):
+        try:
             answers, requests = await asyncio.open_connection("127.0.0.1", self._target)
+            writers.append(requests)
             await asyncio.gather(self._pump(reader, requests, cuts), self._pump(answers, writer, cuts))
-            requests.close()
-        writer.close()
+            for each in writers:
+                each.close()
+        except (OSError, asyncio.CancelledError):  # asyncio would report the second as an error
+            for each in writers:
+                each.transport.abort()
         self._connections.discard(asyncio.current_task())
 
     async def _pump(self, source: asyncio.StreamReader, target: asyncio.StreamWriter, cuts: int) -> None:
@@ -52,14 +56,20 @@ def relaying(relays: Sequence[Relay]) -> Iterator[None]:
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="relays", daemon=True)
     thread.start()
-    for relay in relays:
-        asyncio.run_coroutine_threadsafe(relay.listen(), loop).result(30)
+    servers = [asyncio.run_coroutine_threadsafe(relay.listen(), loop).result(30) for relay in relays]
     try:
         yield
     finally:
+        asyncio.run_coroutine_threadsafe(_end(servers), loop).result(30)
         loop.call_soon_threadsafe(loop.stop)
         thread.join(30)
-        for task in asyncio.all_tasks(loop):
-            task.cancel()
-        loop.run_until_complete(asyncio.sleep(0))
         loop.close()
+
+
+async def _end(servers: Sequence[asyncio.Server]) -> None:
+    for server in servers:
+        server.close()
+    while connections := asyncio.all_tasks() - {asyncio.current_task()}:
+        for connection in connections:
+            connection.cancel()
+        await asyncio.wait(connections)

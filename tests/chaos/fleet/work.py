@@ -77,8 +77,8 @@ class FleetWork(Callers):
             (addresses, True),
         ]
         workers = [partial(self._read_as_worker, url, watches) for url, watches in clients]
-        direct = [partial(self.fleet.client_of, each) for each in self.fleet.replicas]
-        resident = [partial(self._read_resident, each) for each in [self.fleet.client, *direct]]
+        direct: list[Callable[[], httpx.Client]] = [partial(self.fleet.client_of, each) for each in self.fleet.replicas]
+        resident = [partial(self._read_resident, each) for each in (self.fleet.client, *direct)]
         return [*super().loops(), *[self._read_raw] * 2, *workers, *resident, self._change_keys, self._use_keys]
 
     def _read_as_worker(self, url: str | list[str], watches: bool) -> None:

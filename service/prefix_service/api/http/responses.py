@@ -194,8 +194,13 @@ def _version_headers(version: Version, *, immutable: bool) -> dict[str, str]:
         "Cache-Control": "private, max-age=31536000, immutable" if immutable else "private, no-cache",
         "Prefix-Version": str(version.number),
         "Prefix-Digest": version.digest,
-        **({"Prefix-Base-Model": "known"} if version.has_fingerprint else {}),
+        **base_model_header(version),
     }
+
+
+def base_model_header(version: Version) -> dict[str, str]:
+    """Returns the header field by which a client learns that the version's base model has a fingerprint, if it has."""
+    return {"Prefix-Base-Model": "known"} if version.has_fingerprint else {}
 
 
 def repr_digest(algorithm: Algorithm, digest: bytes) -> tuple[bytes, bytes]:

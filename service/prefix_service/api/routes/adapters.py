@@ -13,6 +13,7 @@ from prefix_service.api.dependencies.authority import Actor
 from prefix_service.api.dependencies.memory import payer
 from prefix_service.api.dependencies.pagination import NUMBERS, AskedPage, Places, name_in, number_in
 from prefix_service.api.http.paths import DeletablePath, NamePath, RefPath
+from prefix_service.api.http.responses import base_model_header
 from prefix_service.api.middleware.auth import ReadableTenant, WritableTenant
 from prefix_service.api.routes.schemas import (
     AdapterItem,
@@ -139,6 +140,6 @@ async def answer_version(
 
     def write() -> Response:
         body = VersionDetail.about(version, aliases, residency).model_dump_json()
-        return Response(body, status, headers, "application/json")
+        return Response(body, status, {**(headers or {}), **base_model_header(version)}, "application/json")
 
     return await state.admission.run(payer(request), write)

@@ -316,9 +316,15 @@ def adapter_alone(text: str) -> tuple[str, str]:
 
 def inspect(reference: str) -> Flow[Mapping[str, Any]]:
     """Returns the service's description of a version."""
+    found, _ = yield from described(reference)
+    return found
+
+
+def described(reference: str) -> Flow[tuple[Mapping[str, Any], bool]]:
+    """Returns the service's description of a version, and whether it has a fingerprint of the version's base model."""
     tenant, parsed = parse_qualified(reference)
     answer: Answer = yield Request("GET", adapter_path(tenant, parsed))
-    return require_version(answer.json_object(), tenant, parsed)
+    return require_version(answer.json_object(), tenant, parsed), _names_base_model(answer.headers)
 
 
 def is_ready() -> Flow[bool]:

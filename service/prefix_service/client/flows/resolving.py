@@ -34,8 +34,10 @@ def resolve(reading: Reading, reference: str) -> Flow[ResolvedVersion]:
     Raises:
         InvalidResponse: an answer does not describe a version or a base model, or describes another version.
     """
-    found = yield from flows.inspect(reference)
+    found, has_base_model = yield from flows.described(reference)
     version = ResolvedVersion(**asdict(read_identity(found)), dtype=read_dtype(found))
+    if not has_base_model:
+        return version
     known = yield from base_models.recent(reading.fingerprints, version.reference)
     if isinstance(known, PrefixServiceError):
         raise known

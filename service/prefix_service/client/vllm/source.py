@@ -6,10 +6,9 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from prefix_service.client.client import AsyncPrefixClient
+from prefix_service.client.flows.resolving import ResolvedVersion
 from prefix_service.client.vllm.config import ConnectorConfig
 from prefix_service.errors import InvalidRequest, InvalidResponse, NotFound, Unauthenticated
-from prefix_service.prefix.variant import Identity
-from prefix_service.prefix.wire.metadata import read_identity
 
 if TYPE_CHECKING:
     from prefix_service.client.prefixes.prefix import Prefix
@@ -60,15 +59,14 @@ class Source:
         """
         return await self._call(lambda client: client.get(reference, **options))
 
-    async def resolve(self, reference: str) -> Identity:
-        """Returns which version a reference means, by one request; a refused key is read again, as in `get`.
-
-        `AsyncPrefixClient.resolve` would ask for the fingerprint of its base model, too.
+    async def resolve(self, reference: str) -> ResolvedVersion:
+        """Returns which version a reference means, as `AsyncPrefixClient.resolve` does: by one request, unless its base
+        model has a fingerprint. A refused key is read again, as in `get`.
 
         Raises:
-            PrefixServiceError: as `AsyncPrefixClient.inspect`.
+            PrefixServiceError: as `AsyncPrefixClient.resolve`.
         """
-        return read_identity(await self.inspect(reference))
+        return await self._call(lambda client: client.resolve(reference))
 
     async def inspect(self, reference: str) -> Mapping[str, Any]:
         """Returns what the service knows of a version; a refused key is read again, as in `get`.
