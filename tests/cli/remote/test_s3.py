@@ -43,6 +43,9 @@ def bucket(seaweedfs: SeaweedFS) -> SeaweedFS:
     )
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         obstore.put(store, f"team/sound/{name}", ADAPTER / name)
+        obstore.put(store, f"team/compiled/{name}", ADAPTER / name)
+    for name in ("prefix_base_model.json", "prefix_recipe.json"):
+        obstore.put(store, f"team/compiled/{name}", b"{}")
     obstore.put(store, "team/sound/notes.txt", b"not an adapter's")
     obstore.put(store, "team/sound/old/adapter_model.safetensors", b"not this one")
     obstore.put(store, "team/cartridge/cache.pt", CORPUS / "variants" / "hazy_cartridge-f1" / "cache-step4.pt")
@@ -80,6 +83,11 @@ def test_an_adapter_is_published_from_a_bucket(bucket: SeaweedFS, server: Server
     ("address", "names", "is_converted"),
     [
         ("s3://adapters/team/sound", ["adapter_config.json", "adapter_model.safetensors"], False),
+        (
+            "s3://adapters/team/compiled",
+            ["adapter_config.json", "adapter_model.safetensors", "prefix_base_model.json", "prefix_recipe.json"],
+            False,
+        ),
         ("s3://adapters/team/cartridge", ["adapter_config.json", "adapter_model.safetensors"], True),
         ("s3://adapters/team/cartridge/cache.pt", ["adapter_config.json", "adapter_model.safetensors"], True),
     ],
