@@ -248,7 +248,7 @@ def test_a_config_that_contradicts_a_cartridge(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert convert(tmp_path / "cache.pt", config=tmp_path / "config.json").config["revision"] == "main"
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_frozen_tokens": 2}))
-    with pytest.raises(InvalidConfig, match="contradicts the cartridge in num_frozen_tokens"):
+    with pytest.raises(InvalidConfig, match="contradicts the tensors in num_frozen_tokens"):
         convert(tmp_path / "cache.pt", config=tmp_path / "config.json")
 
 

@@ -1,4 +1,5 @@
-"""Commands without tensors do not import torch, which takes seconds; others say if the extra `server` is missing."""
+"""Commands without tensors do not import torch, which takes seconds, nor the libraries of addresses that they were not
+given; others say if the extra `server` is missing."""
 
 import os
 import subprocess
@@ -28,7 +29,7 @@ for words in sys.argv[1:]:
         main()
     except SystemExit as end:
         assert not end.code, (words, end.code)
-    assert not {"torch", "numpy"} & sys.modules.keys(), words
+    assert not {"torch", "numpy", "huggingface_hub", "obstore", "oras", "requests"} & sys.modules.keys(), words
 """
 # The process behaves as if nothing of the extra `server` was installed.
 _WITHOUT_SERVER = """

@@ -48,6 +48,8 @@ def originals() -> dict[str, bytes]:
         for kind, tokens in (("frozen", 1), ("trainable", 5))
         for part in ("keys", "values")
     }
+    bottleneck = {"0.weight": (7, 4), "0.bias": (7,), "2.weight": (96, 7), "2.bias": (96,)}
+    control = {f"control_trans.{name}": torch.randn(shape) for name, shape in bottleneck.items()}
     wrapped = {"state_dict": {"prompt_encoder.default.embedding.weight": embedding}, "epoch": 3, "args": {"a": [1]}}
     return {
         "adapter_model.safetensors": save({"prompt_embeddings": embedding, "head.count": torch.tensor(3)}),
@@ -55,6 +57,8 @@ def originals() -> dict[str, bytes]:
         "legacy.bin": _saved(wrapped, zipped=False),
         "last.ckpt": _saved(wrapped),
         "cartridge.pt": _saved(lists),
+        "control_trans.bin": _saved({"wte.weight": torch.randn(5, 4), **control}),
+        "flat_control_trans.safetensors": save({"control_trans": torch.randn(5 * 96)}),
         "bare.pkl": pickle.dumps({"prompt_embeddings": [0.5] * 10, "nested": {"a": (1, "b")}}),
         "adapter_config.json": CONFIG.read_bytes(),
         "config.json": BASE.read_bytes(),

@@ -9,12 +9,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from prefix_service.checkpoints.cartridges import flat_cartridge, is_cartridge
+from prefix_service.checkpoints.control_trans import is_adapters_config, is_control_trans, read_control_trans
 from prefix_service.checkpoints.folders import write_folder
 from prefix_service.checkpoints.pickles import read_pickle
-from prefix_service.checkpoints.sources import TensorFiles, readable, weight_files
+from prefix_service.checkpoints.sources import TensorFiles, is_weights_name, readable, weight_files
 from prefix_service.errors import InvalidCheckpoint, InvalidConfig
 from prefix_service.prefix.checkpoint import Match, Shape, find_prefix, load_weights, shown_names
-from prefix_service.prefix.config import PrefixConfig, parse_config
+from prefix_service.prefix.config import PrefixConfig, PrefixTuningConfig, parse_config
 from prefix_service.prefix.file_names import CONFIG_NAME, PICKLE_SUFFIXES
 from prefix_service.prefix.json_text import parse_config_json
 
@@ -62,7 +63,12 @@ def convert(
     """
     base = None if base_config is None else _read_config(base_config)
     checkpoint = _opened(source, unsafe=unsafe)
-    read = _cartridge if is_cartridge(checkpoint.shapes) else _prefix
+    if is_cartridge(checkpoint.shapes):
+        read = _cartridge
+    elif is_control_trans(checkpoint.shapes):
+        read = _control_trans
+    else:
+        read = _prefix
     conversion = read(checkpoint, config or _config_next_to(source), base)
     load_weights(bytearray(save(dict(conversion.tensors))), parse_config(conversion.config))
     return conversion
@@ -106,20 +112,64 @@ def _prefix(checkpoint: _Checkpoint, path: Path | None, base: dict[str, Any] | N
 
 def _cartridge(checkpoint: _Checkpoint, path: Path | None, base: dict[str, Any] | None) -> Conversion:
     values, flat = flat_cartridge(checkpoint.shapes, checkpoint.tensor)
-    config = parse_config({"base_model_name_or_path": _name_of(base), **values})
-    if path is not None:
-        written = parse_config(_read_config(path), from_file=True)
-        given = written if base is None else written.filled(base)
-        if contradictions := [
-            n for n in values if n not in ("task_type", "inference_mode") and getattr(given, n, None) != values[n]
-        ]:
-            raise InvalidConfig(f"{path} contradicts the cartridge in {', '.join(contradictions)}")
-        config = given
+    config = _flat_config(values, None if path is None else _read_config(path), path, base)
     found = (
         f"Cartridges: {config.num_layers} layers, {values['num_frozen_tokens']} frozen and "
         f"{config.num_virtual_tokens} tokens in all"
     )
     return Conversion(checkpoint.opened, found, config.model_dump(), {"prompt_embeddings": flat}, list(checkpoint.rest))
+
+
+def _control_trans(checkpoint: _Checkpoint, path: Path | None, base: dict[str, Any] | None) -> Conversion:
+    if base is None:
+        raise InvalidConfig(
+            "control_trans does not say how many layers and heads it is for: give the base model's --base-config (Li & "
+            "Liang's code writes it beside the checkpoint, as config.json)"
+        )
+    if base.get("is_encoder_decoder") is True:
+        raise InvalidConfig("the base model is an encoder-decoder, and control_trans is read for decoders alone")
+    written = None if path is None else _read_config(path)
+    adapters_config = written if written is not None and is_adapters_config(written) else None
+    sizes = PrefixTuningConfig(peft_type="PREFIX_TUNING").filled(base)
+    layers, heads, width = sizes.num_layers or 0, sizes.num_attention_heads or 0, sizes.token_dim or 0
+    read = read_control_trans(
+        checkpoint.shapes, checkpoint.tensor, layers=layers, heads=heads, width=width, adapters_config=adapters_config
+    )
+    values = {
+        "peft_type": "PREFIX_TUNING",
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+        "num_virtual_tokens": len(read.flat),
+        "num_layers": layers,
+        "num_attention_heads": heads,
+        "token_dim": width,
+    }
+    if adapters_config is not None and isinstance(adapters_config.get("model_name"), str):
+        values["base_model_name_or_path"] = adapters_config["model_name"]
+    config = _flat_config(values, written if adapters_config is None else None, path, base)
+    left_out = [name for name in checkpoint.shapes if name not in read.names] + checkpoint.rest
+    found = f"{read.project}: {layers} layers, {len(read.flat)} tokens; {shown_names(read.names)}"
+    tensors = {"prompt_embeddings": read.flat.contiguous()}
+    return Conversion(checkpoint.opened, found, config.model_dump(), tensors, left_out)
+
+
+def _flat_config(
+    values: dict[str, Any], written: dict[str, Any] | None, path: Path | None, base: dict[str, Any] | None
+) -> PrefixConfig:
+    """Returns the config of a prefix whose sizes follow from its tensors; the one that was written, if there is one.
+
+    Raises:
+        InvalidConfig: the written config contradicts the tensors.
+    """
+    if written is None:
+        return parse_config({"base_model_name_or_path": _name_of(base), **values})
+    config = parse_config(written, from_file=True)
+    config = config if base is None else config.filled(base)
+    if contradictions := [
+        n for n in values if n not in ("task_type", "inference_mode") and getattr(config, n, None) != values[n]
+    ]:
+        raise InvalidConfig(f"{path} contradicts the tensors in {', '.join(contradictions)}")
+    return config
 
 
 def _find(source: Path) -> Path:
@@ -128,14 +178,12 @@ def _find(source: Path) -> Path:
     if not source.is_dir():
         raise InvalidCheckpoint(f"there is no {source}")
     with readable(source):
-        pickles = sorted(path for path in source.iterdir() if path.suffix in PICKLE_SUFFIXES)
-        if any(source.glob("*.safetensors")):
-            return weight_files(source)[0]
-    # Trainers leave their own pickles next to the weights.
-    weights = [p for p in pickles if p.stem not in ("training_args", "optimizer", "scheduler") and "rng" not in p.stem]
-    if len(weights) != 1:
-        raise InvalidCheckpoint(f"{source} holds {len(weights)} checkpoints: name one of {[p.name for p in weights]}")
-    return weights[0]
+        found = sorted(path for path in source.iterdir() if is_weights_name(path.name))
+    if any(path.suffix not in PICKLE_SUFFIXES for path in found):
+        return weight_files(source)[0]
+    if len(found) != 1:
+        raise InvalidCheckpoint(f"{source} holds {len(found)} checkpoints: name one of {[p.name for p in found]}")
+    return found[0]
 
 
 def _config_next_to(source: Path) -> Path | None:

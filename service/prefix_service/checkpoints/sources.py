@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_NO_WEIGHTS: Final = frozenset({"training_args", "optimizer", "scheduler", "pytorch_model_head", "model_head"})
+"""Stems of files that trainers, and AdapterHub's prediction heads, leave beside the weights."""
+
 _ORDER: Final = ("F32", "BF16", "F16")
 """The order in which the safetensors library writes tensors of these dtypes, each by name."""
 
@@ -195,6 +198,14 @@ def _cut(files: TensorFiles, match: Match) -> bytes:
     return b"".join([header, *(read[name][1] for name in order)])
 
 
+def is_weights_name(name: str) -> bool:
+    """Returns whether a file of this name may hold an adapter's weights."""
+    path = Path(name)
+    if path.stem in _NO_WEIGHTS:
+        return False
+    return path.suffix == ".safetensors" or (path.suffix in PICKLE_SUFFIXES and "rng" not in path.stem)
+
+
 def weight_files(source: Path) -> list[Path]:
     """Returns the safetensors files that hold the weights: the adapter's own, else every shard of a full checkpoint.
 
@@ -205,7 +216,9 @@ def weight_files(source: Path) -> list[Path]:
     if source.is_dir():
         own = source / WEIGHTS_NAME
         with readable(source):
-            found = [own] if own.exists() else sorted(source.glob("*.safetensors"))
+            found = (
+                [own] if own.exists() else sorted(p for p in source.glob("*.safetensors") if is_weights_name(p.name))
+            )
             pickles = sorted(path for path in source.iterdir() if path.suffix in PICKLE_SUFFIXES)
     else:
         found = [source] if source.suffix == ".safetensors" else []

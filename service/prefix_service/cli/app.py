@@ -48,7 +48,17 @@ OF_SERVER: Final = frozenset(
 _NEEDS_SERVER: Final = "this command runs a service or works on its folder: pip install 'prefix-service[server]'"
 
 _NEEDS_COMPILE: Final = "this command runs the base model: pip install 'prefix-service[compile]'"
-_NEEDS: Final = {**dict.fromkeys(OF_SERVER, _NEEDS_SERVER), "transformers": _NEEDS_COMPILE}
+_OF_ADDRESSES: Final = {"huggingface_hub": "hf", "obstore": "s3", "oras": "oci", "requests": "oci"}
+"""Modules that addresses of adapters need, and the schemes, which are the names of their extras too."""
+
+_NEEDS: Final = {
+    **dict.fromkeys(OF_SERVER, _NEEDS_SERVER),
+    "transformers": _NEEDS_COMPILE,
+    **{
+        module: f"{scheme}:// addresses need more: pip install 'prefix-service[{scheme}]'"
+        for module, scheme in _OF_ADDRESSES.items()
+    },
+}
 """Modules of extras, and what to install if one is missing."""
 
 serve.register(app)

@@ -49,7 +49,7 @@ def test_pull_writes_the_folder_again(server: Server, tmp_path: Path, case: str)
     source, folder = CORPUS / "cases" / case / "adapter", tmp_path / "deep" / "folder"
     name = case.lower().replace("_", "-")
     upload_directory(server.client(), "clipull", name, source)
-    pull(f"clipull/{name}@1", folder, server.url, server.admin_key)
+    pull(f"clipull/{name}@1", str(folder), server.url, server.admin_key)
     assert sorted(path.name for path in folder.iterdir()) == list(FILES)
     for file in FILES:
         assert (folder / file).read_bytes() == (source / file).read_bytes(), file
@@ -70,7 +70,7 @@ def test_pull_writes_what_publish_read(server: Server, tmp_path: Path) -> None:
     with PrefixClient(server.url, server.admin_key) as client:
         client.publish("clipull/unusual", source)
         assert client.publish("clipull/unusual", _reformatted(source, tmp_path / "again"))[1] is False
-    pull("clipull/unusual", folder, server.url, server.admin_key)
+    pull("clipull/unusual", str(folder), server.url, server.admin_key)
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", *FILES]
     for path in source.iterdir():
         assert (folder / path.name).read_bytes() == path.read_bytes(), path.name
@@ -117,7 +117,7 @@ def test_weights_come_in_pieces_and_are_verified(
     """`pull` never holds a large file whole; it refuses and removes bytes that are not the version's."""
     run("publish", LLAMA, "clipull/pieces")
     monkeypatch.setattr(fetching, "_PIECE", 1000)
-    pull("clipull/pieces", tmp_path / "good", server.url, server.admin_key)
+    pull("clipull/pieces", str(tmp_path / "good"), server.url, server.admin_key)
     for name in FILES:
         assert (tmp_path / "good" / name).read_bytes() == (LLAMA / name).read_bytes()
     sound = PrefixClient.parameters
@@ -127,7 +127,7 @@ def test_weights_come_in_pieces_and_are_verified(
 
     monkeypatch.setattr(PrefixClient, "parameters", damaged)
     with pytest.raises(InvalidResponse, match="the weights that came"):
-        pull("clipull/pieces", tmp_path / "bad", server.url, server.admin_key)
+        pull("clipull/pieces", str(tmp_path / "bad"), server.url, server.admin_key)
     assert list((tmp_path / "bad").iterdir()) == []
 
 

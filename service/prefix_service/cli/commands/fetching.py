@@ -3,20 +3,24 @@
 import hashlib
 import json
 import re
+import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, get_args
 
 import typer
 from rich.progress import Progress
 
-from prefix_service.cli.console import errors_console, print_json, print_table, say
+from prefix_service.checkpoints.remote.address import FORMS, Address, is_address, parse_address
+from prefix_service.cli.console import errors_console, print_json, print_table, say, working
 from prefix_service.cli.files import check_output, written
 from prefix_service.cli.options import DEFAULT_URL, ApiKey, Json, Ref, Url, connect
 from prefix_service.errors import Conflict, InvalidRequest, InvalidResponse, StorageFailed
 from prefix_service.prefix.file_names import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from prefix_service.prefix.variant import KVDtype
+from prefix_service.system.disk import translated
 from prefix_service.system.sizes import human_bytes
 
 if TYPE_CHECKING:
@@ -25,7 +29,12 @@ if TYPE_CHECKING:
     from prefix_service.client import PrefixClient
 
 _PIECE: Final = 32 << 20  # bytes of weights that are in memory together
-
+_MEDIA_TYPES: Final = {
+    CONFIG_NAME: "application/json",
+    CARD_NAME: "text/markdown",
+    WEIGHTS_NAME: "application/vnd.safetensors",
+}
+"""The media types of an artifact's layers."""
 
 _OS_ERROR: Final = re.compile(r"\(os error ([0-9]+)\)")
 """The text in which safetensors reports the operating system's error."""
@@ -98,7 +107,13 @@ def _save(tensors: "Mapping[str, Tensor]", metadata: Mapping[str, Any], output: 
 
 def pull(
     reference: Ref,
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the files go; made if it is missing.")],
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="FOLDER|oci://…",
+            help="Where the files go: a folder, made if it is missing, or an artifact oci://registry/repository:tag.",
+        ),
+    ],
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
     as_json: Json = False,
@@ -106,8 +121,20 @@ def pull(
     """Write the PEFT folder of a version again.
 
     Config and weights come byte for byte as they were uploaded, the model card as README.md; annotations are printed. A
-    version that was made of others, or published to an older service, has its config as PEFT writes it.
+    version that was made of others, or published to an older service, has its config as PEFT writes it. An artifact in
+    an OCI registry has the same files as layers, and the annotations in its manifest.
     """
+    if is_address(target):
+        address = parse_address(target)
+        if address.scheme != "oci":
+            raise InvalidRequest(
+                f"pull writes a folder, or an artifact {FORMS['oci']}, and nothing to {address.scheme}://"
+            )
+        with connect(url, api_key) as client:
+            pulled = _to_registry(client, reference, address)
+        _tell_pulled(pulled, as_json=as_json)
+        return
+    folder = Path(target)
     for name in (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME):
         if (folder / name).exists():
             raise Conflict(f"{folder / name} exists: choose an empty folder")
@@ -118,12 +145,33 @@ def pull(
             _write(client, version, folder)
         except OSError as error:
             raise StorageFailed(f"{folder} cannot be written: {error.strerror}") from error
+    _tell_pulled({**version, "annotations": annotations, "folder": str(folder)}, as_json=as_json)
+
+
+def _to_registry(client: "PrefixClient", reference: str, address: Address) -> dict[str, Any]:
+    """Writes a version to an OCI registry; returns its metadata, its annotations and the artifact's address."""
+    from prefix_service.checkpoints.remote.oci import store
+
+    version = client.inspect(reference)
+    annotations = client.annotations(_by_digest(version))
+    with tempfile.TemporaryDirectory(prefix="prefix-service-") as scratch, translated("write the artifact's files"):
+        folder = Path(scratch)
+        _write(client, version, folder)
+        files = {name: (folder / name, kind) for name, kind in _MEDIA_TYPES.items() if (folder / name).exists()}
+        with working(f"storing {address}"):
+            digest = store(address, files, annotations)
+    artifact = replace(address, revision=digest)
+    return {**version, "annotations": annotations, "artifact": str(artifact)}
+
+
+def _tell_pulled(pulled: Mapping[str, Any], *, as_json: bool) -> None:
     if as_json:
-        print_json({**version, "annotations": annotations, "folder": str(folder)})
+        print_json(dict(pulled))
         return
-    say(f"pulled {version['tenant']}/{version['adapter']}@{version['version']} to {folder}")
-    say(f"digest {version['digest']}")
-    for key, text in annotations.items():
+    name = f"{pulled['tenant']}/{pulled['adapter']}@{pulled['version']}"
+    say(f"pulled {name} to {pulled.get('folder') or pulled['artifact']}")
+    say(f"digest {pulled['digest']}")
+    for key, text in pulled["annotations"].items():
         say(f"annotation {key}={text}")
 
 

@@ -1,5 +1,6 @@
 """`publish`, `compose` and `convert`: how an adapter gets to the service."""
 
+import contextlib
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -11,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, wrap_file
 
+from prefix_service.checkpoints.remote.address import Address, is_address, parse_address
 from prefix_service.cli.completion import complete_adapter
-from prefix_service.cli.console import complain, error_line, errors_console, note, print_json, say
+from prefix_service.cli.console import complain, error_line, errors_console, note, print_json, say, working
 from prefix_service.cli.options import DEFAULT_URL, ApiKey, Json, Url, connect
 from prefix_service.errors import (
     Conflict,
@@ -24,7 +26,7 @@ from prefix_service.errors import (
     TooLarge,
 )
 from prefix_service.prefix.file_names import CONFIG_NAME
-from prefix_service.prefix.references import check_name
+from prefix_service.prefix.references import check_name, parse_qualified
 from prefix_service.system.sizes import human_bytes
 
 if TYPE_CHECKING:
@@ -56,6 +58,9 @@ Annotate = Annotated[
 ]
 
 _IN_PARALLEL: Final = 4
+_MOST_BYTES: Final = 2 << 30
+"""The most bytes of weights that are downloaded if the service does not say how many it accepts."""
+
 _OF_ONE_FOLDER: Final = (InvalidInput, TooLarge, Conflict)
 """Errors that say nothing of the other folders."""
 
@@ -72,8 +77,8 @@ def publish(
         list[str],
         typer.Argument(
             metavar="SOURCE TENANT/ADAPTER",
-            help="An adapter's folder or a full training checkpoint, and what to publish it as; or with --tenant any "
-            "number of folders.",
+            help="An adapter's folder, a full training checkpoint, hf://owner/repo[@revision][/path], s3://bucket/path "
+            "or oci://registry/repository:tag; and what to publish it as. Or with --tenant any number of folders.",
         ),
     ],
     tenant: Annotated[
@@ -91,7 +96,8 @@ def publish(
     """Publish trained adapters as new versions.
 
     The prefix of a full training checkpoint is cut out first. A folder's README.md becomes the version's model card,
-    the recipe of a compiled prefix its annotations.
+    the recipe of a compiled prefix its annotations. An adapter that is kept elsewhere is downloaded to this machine,
+    and converted as `convert` does if it is a pickle or of a foreign layout.
     """
     annotations = parse_annotations(annotate or [], note_text)
     base = None if base_config is None else base_config.read_bytes()
@@ -106,7 +112,14 @@ def publish(
         return
     if len(words) != 2:
         raise typer.BadParameter("name one SOURCE and its TENANT/ADAPTER, or folders and --tenant TENANT")
-    source, adapter = Path(words[0]), words[1]
+    adapter = words[1]
+    if is_address(words[0]):
+        address = parse_address(words[0])
+        with connect(url, api_key) as client:
+            version, is_new = _publish_address(client, address, adapter, config, base_config, fingerprint, annotations)
+        _tell_published(version, is_new=is_new, as_json=as_json)
+        return
+    source = Path(words[0])
     if not source.exists():
         raise typer.BadParameter(f"there is no {source}")
     with connect(url, api_key) as client:
@@ -174,6 +187,30 @@ def _publish_source(
             annotations=described,
             base_model=fingerprint or upload.base_model,
         )
+
+
+def _publish_address(
+    client: "PrefixClient",
+    address: Address,
+    adapter: str,
+    config: Path | None,
+    base_config: Path | None,
+    fingerprint: "Fingerprint | None",
+    annotations: Mapping[str, str],
+) -> tuple[Mapping[str, Any], bool]:
+    """Downloads an adapter from an address and publishes it. Returns the version, and whether it is new."""
+    from prefix_service.checkpoints.remote.download import downloaded
+
+    parse_qualified(adapter)  # before the download
+    most = client.whoami().get("max_upload_bytes", _MOST_BYTES)  # a service before this release does not say
+    with contextlib.ExitStack() as stack:
+        with working(f"downloading {address}"):
+            found = stack.enter_context(downloaded(address, most, config=config, base_config=base_config))
+        if found.converted is not None:
+            note(f"converted: {found.converted}")
+        base = None if base_config is None else base_config.read_bytes()
+        described = {**found.annotations, **annotations}
+        return _publish_source(client, found.folder, adapter, None, base, fingerprint, described)
 
 
 @dataclass(frozen=True, slots=True)
