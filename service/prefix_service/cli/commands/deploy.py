@@ -42,26 +42,35 @@ _FILES: Final = {
 _NAMES: Final = f"What the file is for: {', '.join(Deployed)}. Alerts are rules for Prometheus."
 
 
+def _deployed(name: str) -> Deployed:
+    # Not by the argument's type: its help would have all names in one line, which is longer than a screen.
+    try:
+        return Deployed(name)
+    except ValueError as error:
+        raise typer.BadParameter(f"{name!r:.80} is none of {', '.join(Deployed)}") from error
+
+
 def register(app: typer.Typer) -> None:
     """Add this command to the command line."""
     app.command()(deploy)
 
 
 def deploy(
-    name: Annotated[Deployed, typer.Argument(metavar="name", help=_NAMES)],
+    name: Annotated[str, typer.Argument(help=_NAMES, autocompletion=lambda: list(Deployed))],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write; default: print.")] = None,
     as_json: Json = False,
 ) -> None:
     """Print a configuration file to copy."""
+    deployed = _deployed(name)
     if output is not None:
         check_output(output)
-    text = files("prefix_service").joinpath("deploy", _FILES[name]).read_text()
+    text = files("prefix_service").joinpath("deploy", _FILES[deployed]).read_text()
     if output is not None:
         with written(output) as aside:
             aside.write_text(text)
         if as_json:
             print_json({"path": str(output)})
     elif as_json:
-        print_json({"name": _FILES[name], "text": text})
+        print_json({"name": _FILES[deployed], "text": text})
     else:
         sys.stdout.write(text)
