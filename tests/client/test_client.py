@@ -107,9 +107,7 @@ def test_a_folder_that_cannot_be_published_is_named(client: Any, tmp_path: Path)
 
 
 def test_resolve_tells_version_and_dimensions_without_tensors(server: Server) -> None:
-    """`resolve` returns what `get` says of a version, by one small request, whatever the reference; it asks for a
-    version's base model once a minute.
-    """
+    """`resolve` returns what `get` says of a version, by one small request, whatever the reference."""
     through = Counting()
     with PrefixClient(server.url, server.admin_key, http=through) as client:
         first, second = published(client, "clients/resolved"), published(client, "clients/resolved", GPT2)
@@ -120,7 +118,7 @@ def test_resolve_tells_version_and_dimensions_without_tensors(server: Server) ->
             assert (found.version, found.digest, found.dtype) == (1, first["digest"], "float32")
             assert found.reference == f"clients/resolved@{first['digest']}"
         assert client.resolve("clients/resolved").digest == second["digest"]
-        assert through.statuses == [200] * 6
+        assert through.statuses == [200] * 4
         told = client.get("clients/resolved@1").metadata
         sizes = ("tenant", "adapter", "peft_type", "base_model_name_or_path", "num_virtual_tokens", "num_layers")
         for name in (*sizes, "num_kv_heads", "head_dim"):
@@ -132,7 +130,7 @@ def test_resolve_tells_version_and_dimensions_without_tensors(server: Server) ->
 def test_resolve_knows_the_base_model(
     client: Any, connect: Any, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`resolve` remembers a base model, or its absence, for a minute; the client that changes it knows immediately."""
+    """`resolve` remembers a base model for a minute; the client that changes it knows immediately."""
     version = f"clients/known-{next(_names)}"
     published(client, version)
     other = connect(server.url)
@@ -140,31 +138,35 @@ def test_resolve_knows_the_base_model(
     known = Fingerprint("LlamaForCausalLM", sizes={"hidden_size": 64}, tokenizer="sha256:1")
     client.put_base_model(version, known)
     assert client.base_model(version) == client.resolve(f"{version}@1").base_model == known
-    assert other.resolve(version).base_model == Fingerprint()
+    assert other.resolve(version).base_model == known
+    changed = Fingerprint("LlamaForCausalLM", sizes={"hidden_size": 64}, tokenizer="sha256:2")
+    client.put_base_model(version, changed)
+    assert client.resolve(version).base_model == changed
+    assert other.resolve(version).base_model == known
     assert fingerprints._FRESH <= 60
     with monkeypatch.context() as later:
         later.setattr(fingerprints, "_FRESH", 0)
-        assert other.resolve(version).base_model == known
-    client.put_base_model(version, Fingerprint())
-    assert other.resolve(version).base_model == known
+        assert other.resolve(version).base_model == changed
+    client.put_base_model(version, known)
+    assert other.resolve(version).base_model == changed
     other.clear_cache()
-    assert client.resolve(version).base_model == other.resolve(version).base_model == Fingerprint()
+    assert client.resolve(version).base_model == other.resolve(version).base_model == known
     with pytest.raises(NotFound):
         client.base_model("clients/none")
 
 
 def test_resolve_takes_a_service_without_base_models(connect: Any) -> None:
-    """`resolve` accepts the 404 of an older service, and refuses what is no fingerprint."""
+    """`resolve` asks for no fingerprint that the service does not announce, and refuses what is none."""
     about = {"tenant": "a", "adapter": "b", "version": 1, "digest": "sha256:" + "0" * 64, "peft_type": "PREFIX_TUNING"}
     about |= {"num_virtual_tokens": 1, "num_layers": 1, "num_kv_heads": 1, "head_dim": 1, "dtype": "float32"}
     kind = "Content-Type: application/json"
     found, wrong = answer(json.dumps(about).encode(), kind), answer(b'{"tokenizer": 7}', kind)
-    none = answer(b'{"code": "not-found", "detail": "x"}', "Content-Type: application/problem+json", status="404 X")
-    with hostile_server(says(found, none, found)) as hostile:
+    announced = answer(json.dumps(about).encode(), f"{kind}\r\nPrefix-Base-Model: known")
+    with hostile_server(says(found, found)) as hostile:
         client = connect(hostile.url)
         assert [client.resolve("a/b").base_model for _ in range(2)] == [Fingerprint()] * 2
     with (
-        hostile_server(says(found, wrong)) as hostile,
+        hostile_server(says(announced, wrong)) as hostile,
         pytest.raises(InvalidResponse, match="tokenizer must be a text"),
     ):
         connect(hostile.url).resolve("a/b")

@@ -89,15 +89,18 @@ def places(data_dir: Path, calls: list[strace.Call]) -> list[tuple[str, str]]:
 
 
 def test_hardening_46_durable_before_visible(trials: Campaign, data_dir: Path) -> None:
-    """Each blob is flushed, renamed, and its folder flushed, before the catalog changes: its journal is flushed before
-    the catalog's file is written, and that before the journal ends.
+    """Once its digest is held, each blob is flushed, renamed, and its folder flushed, before the catalog names it: its
+    journal is flushed before the catalog's file is written, and that before the journal ends.
     """
     outcomes, calls = trials.call(attempted_twice, data_dir)
     assert outcomes == [DONE, DONE]
-    first = places(data_dir, calls)[: [call.name for call in calls].index("ftruncate")]
+    steps = places(data_dir, calls)
+    held = steps.index(("fdatasync", "journal"), steps.index(("ftruncate", "journal"))) + 1
+    assert ("rename", "staged") not in steps[:held]
+    first = steps[held : steps.index(("ftruncate", "journal"), held) + 1]
     order = [step for step in first if step[0] not in ("utimensat", "mkdir", "unlink") and step != ("fsync", "root")]
     blob = [("fsync", "staged"), ("rename", "staged"), ("fsync", "folder")]
-    assert order[:1] == [("write", "staged")]
+    assert ("write", "staged") in steps[:held]
     begin = order.index(("pwrite64", "journal"))
     assert [step for step in order[:begin] if step != ("write", "staged")] == [*blob, *blob]
     assert order[begin : begin + 8] == [
