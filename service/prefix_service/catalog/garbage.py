@@ -1,5 +1,5 @@
-"""Which blobs must stay: those that a version names, and those that a deletion let go, or that are about to be named,
-within the grace period.
+"""Decides which blobs must stay: each that a version names; and, for the grace period, each that a deletion let go or
+that is about to be named.
 
 Replicas on different machines store and remove the same blobs, and a bucket has no transactions. So the rows of
 `garbage` say who may do what with a digest:

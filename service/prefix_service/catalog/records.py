@@ -217,9 +217,9 @@ class AuditEntry:
 
 @dataclass(frozen=True, slots=True)
 class AuditFilter:
-    """Which changes are wanted: those of an action, and those with a text, in capitals or not, in their target, tenant
-    or actor, or in their key's id or name. With `hides_platform` the ids and names of the platform's keys do not
-    count: the caller sees none of them."""
+    """Selects changes by their action, and by a text in their target, tenant, actor, key id or key name; case does not
+    matter. With `hides_platform` the ids and names of the platform's keys are not searched, since the caller sees none
+    of them."""
 
     action: str | None = None
     search: str | None = None

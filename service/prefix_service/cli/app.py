@@ -13,6 +13,7 @@ from prefix_service.cli.commands import (
     alias,
     bench,
     compiling,
+    converting,
     demo,
     deploy,
     doctor,
@@ -64,6 +65,7 @@ _NEEDS: Final = {
 serve.register(app)
 migrate.register(app)
 publishing.register(app)
+converting.register(app)
 compiling.register(app)
 fetching.register(app)
 adapters.register(app)

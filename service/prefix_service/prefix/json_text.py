@@ -15,8 +15,7 @@ MAX_BASE_CONFIG_BYTES: Final = 1 << 20  # it is not stored; the 21,000 label nam
 MOST_VALUES: Final = 1 << 20
 """The most values in a JSON text; a mask has that many."""
 
-MOST_CONTAINERS: Final = 1 << 17
-"""The most lists and objects in a JSON text."""
+_MOST_CONTAINERS: Final = 1 << 17  # lists and objects
 _MOST_NAMES: Final = 1 << 16
 """The most names of members: at most the number of colons."""
 
@@ -51,30 +50,22 @@ def parse_config_json(data: bytes, what: str, limit: int = MAX_CONFIG_BYTES) -> 
     return _parse(data, what, limit, float, _refuse_nan)
 
 
-def parse_json(
-    data: bytes, what: str, limit: int = MAX_CONFIG_BYTES, most_containers: int = MOST_CONTAINERS
-) -> dict[str, Any]:
-    """Returns a JSON object from outside: UTF-8, at most `limit` bytes, and moderately nested. It has at most
-    `most_containers` lists and objects.
+def parse_json(data: bytes, what: str, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
+    """Returns a JSON object from outside: UTF-8, at most `limit` bytes, and moderately nested.
 
     Raises:
         InvalidConfig: the text has too many bytes, values or names, is nested too deeply, or has duplicate keys, NaN,
             infinities or lone surrogates. The message begins with `what`.
     """
-    return _parse(data, what, limit, _finite, _refuse_constant, most_containers)
+    return _parse(data, what, limit, _finite, _refuse_constant)
 
 
 def _parse(
-    data: bytes,
-    what: str,
-    limit: int,
-    parse_float: Callable[[str], float],
-    parse_constant: Callable[[str], float],
-    most_containers: int = MOST_CONTAINERS,
+    data: bytes, what: str, limit: int, parse_float: Callable[[str], float], parse_constant: Callable[[str], float]
 ) -> dict[str, Any]:
     if len(data) > limit:
         raise InvalidConfig(f"{what} has {len(data)} bytes, more than {limit}")
-    _require_few_values(data, what, most_containers)
+    _require_few_values(data, what)
     try:
         text = data.decode("utf-8")
         value = json.loads(
@@ -95,16 +86,16 @@ def _parse(
     return value
 
 
-def _require_few_values(data: bytes, what: str, most_containers: int) -> None:
+def _require_few_values(data: bytes, what: str) -> None:
     """Raises InvalidConfig if the text has too many values or names. Counts characters before anything is parsed, so
     those in strings count too.
     """
     containers = data.count(b"[") + data.count(b"{")
     values = containers + data.count(b",")
-    if values > MOST_VALUES + MOST_CONTAINERS or containers > most_containers:
+    if values > MOST_VALUES + _MOST_CONTAINERS or containers > _MOST_CONTAINERS:
         raise InvalidConfig(
             f"{what} has about {values} values, {containers} of them lists and objects, and at most {MOST_VALUES} "
-            f"and {most_containers} are read"
+            f"and {_MOST_CONTAINERS} are read"
         )
     if (names := data.count(b":")) > _MOST_NAMES:
         raise InvalidConfig(f"{what} has {names} colons, and at most {_MOST_NAMES} are read: it names too much")

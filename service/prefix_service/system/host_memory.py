@@ -57,7 +57,7 @@ def _trim() -> None:
 
 
 class _Heap(ctypes.Structure):
-    """What `mallinfo2` returns; `fordblks` is the bytes of all free blocks (mallinfo(3))."""
+    """The result of `mallinfo2` (mallinfo(3)); `fordblks` is the number of bytes in all free blocks."""
 
     _fields_ = (("before", ctypes.c_size_t * 8), ("fordblks", ctypes.c_size_t), ("keepcost", ctypes.c_size_t))
 

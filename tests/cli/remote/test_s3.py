@@ -9,8 +9,10 @@ from obstore.store import S3Store
 
 from prefix_service.checkpoints.remote.address import parse_address
 from prefix_service.checkpoints.remote.download import downloaded
+from prefix_service.checkpoints.remote.wanted import wanted_files
 from prefix_service.client import PrefixClient
 from prefix_service.errors import (
+    Conflict,
     ConnectionFailed,
     Forbidden,
     InvalidCheckpoint,
@@ -28,10 +30,9 @@ ADAPTER: Final = CORPUS / "cases" / "llama-n20-emb" / "adapter"
 _MOST: Final = 1 << 20
 
 
-@pytest.fixture(scope="module")
-def bucket(seaweedfs: SeaweedFS) -> SeaweedFS:
-    """Returns a server whose bucket has adapters and traps."""
-    store = S3Store(
+def store_of(seaweedfs: SeaweedFS) -> S3Store:
+    """Returns the bucket of these tests."""
+    return S3Store(
         "adapters",
         config={
             "endpoint": seaweedfs.url,
@@ -41,6 +42,12 @@ def bucket(seaweedfs: SeaweedFS) -> SeaweedFS:
         },
         client_options={"allow_http": True},
     )
+
+
+@pytest.fixture(scope="module")
+def bucket(seaweedfs: SeaweedFS) -> SeaweedFS:
+    """Returns a server whose bucket has adapters and traps."""
+    store = store_of(seaweedfs)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         obstore.put(store, f"team/sound/{name}", ADAPTER / name)
         obstore.put(store, f"team/compiled/{name}", ADAPTER / name)
@@ -150,3 +157,20 @@ def test_a_redirect_is_given_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
         assert first.authorizations() != {None}
         assert elsewhere.authorizations() <= {None}
         assert not any(KEYS["AWS_ACCESS_KEY_ID"] in str(request) for request in elsewhere.requests)
+
+
+@pytest.mark.usefixtures("variables")
+def test_an_object_that_is_replaced_meanwhile_is_refused(bucket: SeaweedFS, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A config and weights that were not there together are never published together."""
+    writer = store_of(bucket)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        obstore.put(writer, f"team/replaced/{name}", ADAPTER / name)
+    weights = (ADAPTER / "adapter_model.safetensors").read_bytes()
+
+    def replaced(sizes: dict[str, int], most: int) -> tuple[str, list[str]]:
+        obstore.put(writer, "team/replaced/adapter_model.safetensors", weights[:-1] + bytes([weights[-1] ^ 1]))
+        return wanted_files(sizes, most)
+
+    monkeypatch.setattr("prefix_service.checkpoints.remote.s3.wanted_files", replaced)
+    with pytest.raises(Conflict, match="was replaced while the adapter was downloaded: try again"):
+        fetched("s3://adapters/team/replaced")

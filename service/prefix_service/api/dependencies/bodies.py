@@ -18,7 +18,7 @@ from prefix_service.api.http.patience import MINIMUM_RATE, Patience
 from prefix_service.api.middleware.auth import PUBLIC
 from prefix_service.api.state import state_of
 from prefix_service.errors import InvalidRequest, RequestTimeout, TooLarge
-from prefix_service.prefix.json_text import MOST_CONTAINERS, json_memory
+from prefix_service.prefix.json_text import json_memory
 
 _OTHER_CONTAINERS: Final = 64  # lists and objects that are neither a row nor a row of a mask
 
@@ -105,25 +105,21 @@ async def read_json(request: Request, read: Callable[[dict[str, Any]], T]) -> T:
         return await parsed(request, await read_body(request, limit), read)
 
 
-async def parsed(
-    request: Request, body: bytearray, read: Callable[[dict[str, Any]], T], most_containers: int = MOST_CONTAINERS
-) -> T:
-    """Returns what `read` makes of a JSON object, which has at most `most_containers` lists and objects.
+async def parsed(request: Request, body: bytearray, read: Callable[[dict[str, Any]], T]) -> T:
+    """Returns what `read` makes of a JSON object.
 
     Raises:
         InvalidRequest: it is not JSON, or what `read` raises.
         OutOfSpace, Overloaded: there is no memory for it.
     """
-    return await computed(
-        request, json_memory(len(body)), lambda: read(json_object(body, most_containers=most_containers))
-    )
+    return await computed(request, json_memory(len(body)), lambda: read(json_object(body)))
 
 
 async def read_mask_json(request: Request, read: Callable[[dict[str, Any]], T]) -> T:
     """Returns what `read` makes of the JSON object, with a mask, in a body whose memory is reserved.
 
     Raises:
-        InvalidRequest: it is not JSON, or what `read` raises.
+        InvalidRequest: it is not JSON, has more lists than a batch can need, or what `read` raises.
         TooLarge: it has more than four megabytes.
         OutOfSpace, Overloaded: there is no memory for it.
     """
@@ -134,7 +130,13 @@ async def read_mask_json(request: Request, read: Callable[[dict[str, Any]], T]) 
     except TooLarge as error:
         raise TooLarge(f"{error.message} of JSON: send a larger mask to …/prefix as a safetensors file") from error
     # Python's lock is held while lists are parsed: 40 ms for 65,536. Each row is one at most, and each row of a mask.
-    return await parsed(request, body, read, min(MOST_CONTAINERS, 2 * settings.max_batch_size + _OTHER_CONTAINERS))
+    containers, rows = body.count(b"[") + body.count(b"{"), settings.max_batch_size
+    if containers > 2 * rows + _OTHER_CONTAINERS:
+        raise InvalidRequest(
+            f"the body has {containers} lists and objects, too many for a batch of {rows} rows, the largest here: ask "
+            "for fewer rows"
+        )
+    return await parsed(request, body, read)
 
 
 async def read_model(request: Request, model: type[M]) -> M:

@@ -6,7 +6,7 @@ from pydantic import BaseModel, ValidationError
 
 from prefix_service.api.http.problems import invalid_request
 from prefix_service.errors import InvalidConfig, InvalidRequest
-from prefix_service.prefix.json_text import MOST_CONTAINERS, parse_json
+from prefix_service.prefix.json_text import parse_json
 
 MOST_JSON: Final = 1 << 20
 """Bytes of JSON without masks."""
@@ -17,17 +17,14 @@ MOST_MASK_JSON: Final = 4 << 20
 M = TypeVar("M", bound=BaseModel)
 
 
-def json_object(
-    body: bytes | bytearray, what: str = "the body", most_containers: int = MOST_CONTAINERS
-) -> dict[str, Any]:
-    """Returns the JSON object that a body is, or a part of it, which errors call `what`; it has at most
-    `most_containers` lists and objects. Blocking.
+def json_object(body: bytes | bytearray, what: str = "the body") -> dict[str, Any]:
+    """Returns the JSON object that a body is, or a part of it, which errors call `what`. Blocking.
 
     Raises:
         InvalidRequest: it is not one, or it has too many values or names.
     """
     try:
-        return parse_json(bytes(body), what, len(body), most_containers)
+        return parse_json(bytes(body), what, len(body))
     except InvalidConfig as error:
         raise InvalidRequest(str(error)) from error
 

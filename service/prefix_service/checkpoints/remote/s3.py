@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import obstore
-from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
+from obstore.exceptions import BaseError, PermissionDeniedError, PreconditionError, UnauthenticatedError
 from obstore.store import S3Store
 
 from prefix_service.checkpoints.remote.address import Address
 from prefix_service.checkpoints.remote.wanted import BESIDE, MOST_FILES, files_at, wanted_files
 from prefix_service.errors import (
+    Conflict,
     ConnectionFailed,
     Forbidden,
     InvalidRequest,
@@ -25,6 +26,7 @@ from prefix_service.errors import (
 )
 
 if TYPE_CHECKING:
+    from obstore import GetOptions, ObjectMeta
     from obstore.store import ClientConfig, RetryConfig
 
 T = TypeVar("T")
@@ -43,35 +45,39 @@ def download(address: Address, folder: Path, most: int) -> tuple[Path, dict[str,
         NotFound: there is no such bucket or path.
         Unauthenticated, Forbidden: the credentials are missing, or may not read it.
         InvalidCheckpoint, TooLarge: the files are not those of an adapter.
-        InvalidRequest, InvalidResponse, ConnectionFailed: the variables cannot be used, an object changed, or the
-            server did not answer.
+        Conflict: an object was replaced since it was listed.
+        InvalidRequest, InvalidResponse, ConnectionFailed: the variables cannot be used, an object does not have the
+            announced size, or the server did not answer.
     """
     store = _store(address)
-    inside, sizes = files_at(_asked(address, lambda: _listing(store, address)), address.path)
+    listing = _asked(address, lambda: _listing(store, address))
+    inside, sizes = files_at({key: found["size"] for key, found in listing.items()}, address.path)
     weights, names = wanted_files(sizes, most)
     for name in names:
         key = f"{inside}/{name}" if inside else name
-        _save(address, store, key, sizes[name], folder / name)
+        _save(address, store, listing[key], folder / name)
     return folder / weights, {"source": str(address)}
 
 
-def _listing(store: S3Store, address: Address) -> dict[str, int]:
-    """Returns the sizes of the objects below the address; of one object and those beside it, if it is an object's."""
-    if (size := _size(store, address.path)) is not None:
+def _listing(store: S3Store, address: Address) -> dict[str, "ObjectMeta"]:
+    """Returns the objects below the address by key; if the address is an object's, that object and those beside it that
+    an adapter may have.
+    """
+    if (found := _head(store, address.path)) is not None:
         folder = address.path.rpartition("/")[0]
-        beside = {key: _size(store, key) for key in (f"{folder}/{name}".lstrip("/") for name in BESIDE)}
-        return {address.path: size, **{key: found for key, found in beside.items() if found is not None}}
-    listing: dict[str, int] = {}
+        beside = [_head(store, f"{folder}/{name}".lstrip("/")) for name in BESIDE]
+        return {each["path"]: each for each in (found, *beside) if each is not None}
+    listing: dict[str, ObjectMeta] = {}
     for page in obstore.list(store, address.path, chunk_size=1000):
-        listing.update({each["path"]: each["size"] for each in page})
+        listing.update({each["path"]: each for each in page})
         if len(listing) > MOST_FILES:
             raise InvalidRequest(f"{address} has more than {MOST_FILES} objects: name the adapter's folder")
     return listing
 
 
-def _size(store: S3Store, key: str) -> int | None:
+def _head(store: S3Store, key: str) -> "ObjectMeta | None":
     try:
-        return obstore.head(store, key)["size"]
+        return obstore.head(store, key)
     except FileNotFoundError:
         return None
 
@@ -91,13 +97,15 @@ def _store(address: Address) -> S3Store:
         raise InvalidRequest(f"the AWS_… variables for {address} cannot be used: look at their values") from None
 
 
-def _save(address: Address, store: S3Store, key: str, size: int, path: Path) -> None:
-    """Writes an object of `size` bytes to a file; one of another size is given up where it exceeds it."""
+def _save(address: Address, store: S3Store, found: "ObjectMeta", path: Path) -> None:
+    """Writes an object to a file if it is still the one that was listed."""
+    key, size = found["path"], found["size"]
+    options: GetOptions = {} if found["e_tag"] is None else {"if_match": found["e_tag"]}
 
     def write() -> int:
         written = 0
         with path.open("wb") as file:
-            for piece in obstore.get(store, key).stream(min_chunk_size=1 << 20):
+            for piece in obstore.get(store, key, options=options).stream(min_chunk_size=1 << 20):
                 written += len(piece)
                 if written > size:
                     break
@@ -125,6 +133,8 @@ def _error(address: Address, error: Exception) -> PrefixServiceError:
         )
     if isinstance(error, PermissionDeniedError) or status == HTTPStatus.FORBIDDEN:
         return Forbidden(f"these credentials may not read {address}: look at AWS_ACCESS_KEY_ID")
+    if isinstance(error, PreconditionError):
+        return Conflict(f"an object of {address} was replaced while the adapter was downloaded: try again")
     if isinstance(error, FileNotFoundError) or status == HTTPStatus.NOT_FOUND:
         return NotFound(f"there is no {address}: look at the bucket's name and AWS_ENDPOINT_URL")
     if status:

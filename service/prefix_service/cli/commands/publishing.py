@@ -1,44 +1,26 @@
-"""`publish`, `compose` and `convert`: how an adapter gets to the service."""
+"""`publish` and `compose`: how an adapter gets to the service."""
 
 import contextlib
-import os
-import threading
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, wrap_file
+from rich.progress import wrap_file
 
 from prefix_service.checkpoints.remote.address import Address, is_address, parse_address
+from prefix_service.cli.commands.publication import published, send, tell_new_tenant
+from prefix_service.cli.commands.publishing_folders import named_after_folders, publish_folders, tell_outcomes
 from prefix_service.cli.completion import complete_adapter
-from prefix_service.cli.console import complain, error_line, errors_console, note, print_json, say, working
-from prefix_service.cli.options import DEFAULT_URL, ApiKey, Json, Url, connect
-from prefix_service.errors import (
-    Conflict,
-    InvalidConfig,
-    InvalidInput,
-    InvalidReference,
-    InvalidRequest,
-    PrefixServiceError,
-    TooLarge,
-)
+from prefix_service.cli.console import errors_console, note, print_json, say, working
+from prefix_service.cli.options import DEFAULT_URL, ApiKey, BaseConfig, Config, Json, Url, connect
+from prefix_service.errors import InvalidConfig, InvalidRequest
 from prefix_service.prefix.file_names import CONFIG_NAME
-from prefix_service.prefix.references import check_name, parse_qualified
+from prefix_service.prefix.references import parse_qualified
 from prefix_service.system.sizes import human_bytes
 
 if TYPE_CHECKING:
     from prefix_service.client import Fingerprint, PrefixClient
-
-Config = Annotated[
-    Path | None, typer.Option("--config", help="The adapter_config.json, where it is elsewhere.", exists=True)
-]
-BaseConfig = Annotated[
-    Path | None,
-    typer.Option("--base-config", help="The base model's config.json, for dimensions that are missing.", exists=True),
-]
 
 BaseModel = Annotated[
     Path | None,
@@ -57,19 +39,14 @@ Annotate = Annotated[
     typer.Option("--annotate", metavar="KEY=VALUE", help="A text that stays with the version, as run=17; repeatable."),
 ]
 
-_IN_PARALLEL: Final = 4
 _MOST_BYTES: Final = 2 << 30
 """The most bytes of weights that are downloaded if the service does not say how many it accepts."""
-
-_OF_ONE_FOLDER: Final = (InvalidInput, TooLarge, Conflict)
-"""Errors that say nothing of the other folders."""
 
 
 def register(app: typer.Typer) -> None:
     """Add these commands to the command line."""
     app.command()(publish)
     app.command()(compose)
-    app.command()(convert)
 
 
 def publish(
@@ -105,10 +82,10 @@ def publish(
     if tenant is not None:
         if config is not None:
             raise typer.BadParameter("--config is that of one adapter: with --tenant each folder has its own")
-        adapters = _named_after_folders(words, tenant)
+        adapters = named_after_folders(words, tenant)
         with connect(url, api_key, shows_progress=True) as client:
-            outcomes = _publish_folders(client, adapters, base, fingerprint, annotations)
-        _tell_outcomes(outcomes, as_json=as_json)
+            outcomes = publish_folders(client, adapters, base, fingerprint, annotations)
+        tell_outcomes(outcomes, as_json=as_json)
         return
     if len(words) != 2:
         raise typer.BadParameter("name one SOURCE and its TENANT/ADAPTER, or folders and --tenant TENANT")
@@ -177,16 +154,7 @@ def _publish_source(
         disable=not errors_console.is_terminal,
     )
     with upload.weights, shown as weights:
-        described = {**upload.recipe, **annotations}
-        return client.publish_files(
-            adapter,
-            upload.config,
-            weights,
-            base,
-            card=upload.card,
-            annotations=described,
-            base_model=fingerprint or upload.base_model,
-        )
+        return send(client, adapter, upload, weights, base, fingerprint, annotations)
 
 
 def _publish_address(
@@ -213,154 +181,14 @@ def _publish_address(
         return _publish_source(client, found.folder, adapter, None, base, fingerprint, described)
 
 
-@dataclass(frozen=True, slots=True)
-class _Outcome:
-    """The result for one folder: a version, and whether it is new; or an error; or neither, if it was never tried."""
-
-    folder: Path
-    adapter: str
-    version: Mapping[str, Any] | None = None
-    is_new: bool = False
-    error: PrefixServiceError | None = None
-
-
-def _named_after_folders(words: Sequence[str], tenant: str) -> dict[str, Path]:
-    """Returns the folder of each adapter `tenant/name`, where `name` is the folder's own name.
-
-    Raises:
-        typer.BadParameter: a word is no folder.
-        InvalidReference: a folder's name is not one that an adapter can have.
-        InvalidRequest: two folders have one name.
-    """
-    check_name("tenant", tenant)
-    adapters: dict[str, Path] = {}
-    for word in words:
-        folder = Path(word)
-        if not folder.is_dir():
-            raise typer.BadParameter(f"{word} is no folder: with --tenant each adapter is named after its folder")
-        try:
-            adapter = f"{tenant}/{check_name('adapter', Path(os.path.abspath(folder)).name)}"  # noqa: PTH100 - of a link, its own name
-        except InvalidReference as error:
-            raise InvalidReference(
-                f"{error}. So {folder} cannot be published by its own name: rename it, or publish it alone as "
-                f"{tenant}/NAME"
-            ) from error
-        if adapter in adapters:
-            raise InvalidRequest(f"{adapters[adapter]} and {folder} would both be {adapter}: publish one of them alone")
-        adapters[adapter] = folder
-    return adapters
-
-
-def _publish_folders(
-    client: "PrefixClient",
-    adapters: Mapping[str, Path],
-    base: bytes | None,
-    fingerprint: "Fingerprint | None",
-    annotations: Mapping[str, str],
-) -> list[_Outcome]:
-    """Publish many folders, some in parallel, with a bar that counts them. Returns their outcomes in the same order.
-
-    An error of one folder leaves the others alone; after one that they would all meet, no other is begun.
-    """
-    from prefix_service.checkpoints.sources import prepare_upload
-
-    stopped = threading.Event()
-    columns = (TextColumn("publishing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=errors_console, transient=True, disable=not errors_console.is_terminal) as progress:
-        task = progress.add_task("", total=len(adapters))
-
-        def publish_folder(adapter: str, folder: Path) -> _Outcome:
-            if stopped.is_set():
-                return _Outcome(folder, adapter)
-            try:
-                upload = prepare_upload(folder)
-                described = {**upload.recipe, **annotations}
-                with upload.weights as weights:
-                    version, is_new = client.publish_files(
-                        adapter,
-                        upload.config,
-                        weights,
-                        base,
-                        card=upload.card,
-                        annotations=described,
-                        base_model=fingerprint or upload.base_model,
-                    )
-            except PrefixServiceError as error:
-                if not isinstance(error, _OF_ONE_FOLDER):
-                    stopped.set()
-                return _Outcome(folder, adapter, error=error)
-            finally:
-                progress.advance(task)
-            return _Outcome(folder, adapter, version, is_new)
-
-        with ThreadPoolExecutor(_IN_PARALLEL) as threads:
-            try:
-                return list(threads.map(publish_folder, adapters, adapters.values()))
-            finally:
-                stopped.set()  # Ctrl-C: what has begun ends, the rest is not begun
-
-
-def _tell_outcomes(outcomes: Sequence[_Outcome], *, as_json: bool) -> None:
-    """Show what became of many folders.
-
-    Raises:
-        typer.Exit: with status 1, unless all of them are published.
-    """
-    versions = [(outcome.version, outcome.is_new) for outcome in outcomes if outcome.version is not None]
-    failed = [(outcome, outcome.error) for outcome in outcomes if outcome.error is not None]
-    left = [outcome for outcome in outcomes if outcome.version is None and outcome.error is None]
-    if as_json:
-        print_json(
-            {
-                "items": [{**version, "created_now": is_new} for version, is_new in versions],
-                "failed": [
-                    {
-                        "folder": str(outcome.folder),
-                        "code": error.code,
-                        "error": str(error),
-                        "request_id": error.request_id,
-                    }
-                    for outcome, error in failed
-                ],
-                "not_tried": [str(outcome.folder) for outcome in left],
-            }
-        )
-    else:
-        for version, is_new in versions:
-            say(_published(version, is_new=is_new))
-        new = sum(is_new for _, is_new in versions)
-        counts = {
-            "published": new,
-            "already there": len(versions) - new,
-            "failed": len(failed),
-            "not tried": len(left),
-        }
-        say(", ".join(f"{count} {what}" for what, count in counts.items() if count))
-        for tenant in dict.fromkeys(version["tenant"] for version, _ in versions if version.get("tenant_created")):
-            _tell_new_tenant(tenant)
-    for outcome, error in failed:
-        complain(f"{outcome.folder}: {error_line(error)}")
-    if failed:
-        raise typer.Exit(1)
-
-
-def _published(version: Mapping[str, Any], *, is_new: bool) -> str:
-    done = "published" if is_new else "already there as"
-    return f"{done} {version['tenant']}/{version['adapter']}@{version['version']}"
-
-
-def _tell_new_tenant(tenant: str) -> None:
-    say(f"tenant {tenant} is new: it came into being with this")
-
-
 def _tell_published(version: Mapping[str, Any], *, is_new: bool, as_json: bool) -> None:
     if as_json:
         print_json({**version, "created_now": is_new})
         return
-    say(_published(version, is_new=is_new))
+    say(published(version, is_new=is_new))
     say(f"digest {version['digest']}")
     if version.get("tenant_created"):
-        _tell_new_tenant(version["tenant"])
+        tell_new_tenant(version["tenant"])
 
 
 def compose(
@@ -381,35 +209,3 @@ def compose(
     with connect(url, api_key) as client:
         version, is_new = client.compose(adapter, references)
     _tell_published(version, is_new=is_new, as_json=as_json)
-
-
-def convert(
-    source: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A file or a folder.", exists=True)],
-    output: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the adapter goes.")],
-    config: Config = None,
-    base_config: BaseConfig = None,
-    unsafe: Annotated[
-        bool, typer.Option("--unsafe", help="Open a pickle that may run code. Know who wrote it.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Turn a foreign or pickled checkpoint into an adapter folder.
-
-    It is opened on this machine, by the strictest loader that can read it. The folder holds safetensors, which run no
-    code.
-    """
-    from prefix_service.checkpoints.convert import convert as run
-    from prefix_service.checkpoints.convert import write
-    from prefix_service.prefix.checkpoint import shown_names
-
-    conversion = run(source, config=config, base_config=base_config, unsafe=unsafe)
-    write(conversion, output)
-    if as_json:
-        shown = ("opened", "found", "config", "left_out")
-        print_json({name: getattr(conversion, name) for name in shown})
-        return
-    for line in (f"opened {source} with {conversion.opened}", f"found {conversion.found}"):
-        say(line)
-    if left_out := conversion.left_out:
-        say(f"left out {len(left_out)} entries that are not part of the prefix: {shown_names(left_out)}")
-    say(f"wrote {output}")

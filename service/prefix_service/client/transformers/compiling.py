@@ -65,7 +65,8 @@ class CompiledPrefix:
 
 @dataclass(frozen=True, slots=True)
 class _Input:
-    """What the model reads: `input_ids` `[1, N]` or `inputs_embeds` `[1, N, width]`, by that name."""
+    """The input of a forward pass, under the name of its argument: `input_ids` `[1, N]`, or `inputs_embeds`
+    `[1, N, width]`."""
 
     name: str
     tensor: Tensor

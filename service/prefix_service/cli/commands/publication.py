@@ -1,0 +1,43 @@
+"""One adapter on its way to the service: the call that sends it, and what is said of its version."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from prefix_service.cli.console import say
+
+if TYPE_CHECKING:
+    from prefix_service.checkpoints.sources import Upload
+    from prefix_service.client import Fingerprint, PrefixClient
+
+
+def send(
+    client: "PrefixClient",
+    adapter: str,
+    upload: "Upload",
+    weights: BinaryIO,
+    base: bytes | None,
+    fingerprint: "Fingerprint | None",
+    annotations: Mapping[str, str],
+) -> tuple[Mapping[str, Any], bool]:
+    """Publishes an upload, whose weights are read from `weights`; its own recipe yields to `annotations`, and its own
+    fingerprint to `fingerprint`. Returns the version, and whether it is new."""
+    return client.publish_files(
+        adapter,
+        upload.config,
+        weights,
+        base,
+        card=upload.card,
+        annotations={**upload.recipe, **annotations},
+        base_model=fingerprint or upload.base_model,
+    )
+
+
+def published(version: Mapping[str, Any], *, is_new: bool) -> str:
+    """Returns the line that says that a version is published, or was already there."""
+    done = "published" if is_new else "already there as"
+    return f"{done} {version['tenant']}/{version['adapter']}@{version['version']}"
+
+
+def tell_new_tenant(tenant: str) -> None:
+    """Says that publishing has made a tenant."""
+    say(f"tenant {tenant} is new: it came into being with this")
