@@ -368,4 +368,4 @@ def test_what_is_missing_is_named(soft_prompt: Callable[[str, str], Path], monke
 def test_virtual_tokens_have_no_ids_to_look_up(soft_prompt: Callable[[str, str], Path]) -> None:
     """Gemma 4 looks up its layers' inputs by token ids: PEFT fails there, and the error says so."""
     with pytest.raises(InvalidRequest, match="looks up its layers' inputs by token ids"):
-        compile_prefix(base("gemma4"), adapter=soft_prompt("gemma4", "PROMPT_TUNING"))
+        compile_prefix(base("gemma4"), adapter=soft_prompt("gemma3", "PROMPT_TUNING"))
