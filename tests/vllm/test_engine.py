@@ -63,6 +63,7 @@ def test_several_adapters_are_their_concatenation(asking: Asking) -> None:
     assert bits[0]["digest"] == bits[1]["digest"] != bits[2]["digest"]
 
 
+@pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")  # PEFT's loop of generation
 def test_compiled_soft_prompts_say_what_they_say_in_peft(asking: Asking) -> None:
     """Soft prompts of PEFT's four types, trained by PEFT and compiled, share a batch with prefixes and plain requests:
     tokens and log probabilities are PEFT's, also from the prefix cache.

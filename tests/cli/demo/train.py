@@ -2,7 +2,7 @@
 
     python -m tests.cli.demo.train [OUT_FOLDER]
 
-The folder that the demo has was made this way, in some minutes on two cores. Sixteen virtual tokens, which begin as the
+The folder that the demo has was made this way, in a minute on two cores. Sixteen virtual tokens, which begin as the
 embeddings of an instruction, learn to answer a question about a capital with its name alone. The countries that are
 asked are not among those of the training.
 """
@@ -23,7 +23,7 @@ FOLDER: Final = Path(prefix_service.cli.demo.__file__).parent / "soft_prompts" /
 _BASE: Final = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _TOKENS: Final = 16
 _INSTRUCTION: Final = "Answer each question with one word, the name of the city alone, as in: Paris."
-_STEPS, _ROWS, _RATE = 120, 6, 5e-3
+_STEPS, _ROWS, _RATE = 15, 4, 2e-2
 _ASKED: Final = ("Spain", "Hungary", "Poland", "Japan", "Egypt", "Norway")
 _CAPITALS: Final = (
     "France Paris;Germany Berlin;Italy Rome;Portugal Lisbon;Austria Vienna;Greece Athens;Sweden Stockholm;"
@@ -73,12 +73,12 @@ def train(language: LanguageModel, folder: Path) -> Any:
     pairs = [each.split(" ") for each in _CAPITALS.split(";")]
     for step in range(_STEPS):
         for group in optimiser.param_groups:
-            group["lr"] = _RATE * min(1, (step + 1) / 10) * (1 - step / _STEPS)
+            group["lr"] = _RATE * min(1, (step + 1) / 3) * (1 - step / _STEPS)
         loss = tuned(**_batch(tokenizer, random.sample(pairs, _ROWS))).loss
         loss.backward()
         optimiser.step()
         optimiser.zero_grad()
-        if step % 20 == 0:
+        if step % 5 == 0:
             print(f"step {step}: loss {loss.item():.3f}", flush=True)  # noqa: T201 - this is a command
     tuned.eval().save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink()  # PEFT's empty model card
