@@ -12,7 +12,7 @@ from tests.soft_prompts import task_of, train_soft_prompt
 from tests.vllm.asking import Asking
 
 _TOKENS: Final[Mapping[str, int]] = {"PROMPT_TUNING": 20, "P_TUNING": 64, "MULTITASK_PROMPT_TUNING": 45, "CPT": 100}
-"""Virtual tokens of each: less than a block of 32, whole blocks (and the windows of `architectures`), and more."""
+"""Virtual tokens of each: less than a block of 32, whole blocks, a block and a part, and many."""
 
 
 def publish_soft_prompts(asking: Asking) -> list[str]:
