@@ -23,7 +23,7 @@ def publish_soft_prompts(asking: Asking) -> list[str]:
             name = kind.lower().replace("_", "-")
             base = AutoModelForCausalLM.from_pretrained(reference.model, dtype=torch.float32)
             train_soft_prompt(base, kind, tokens, reference.adapter(name))
-            base = AutoModelForCausalLM.from_pretrained(reference.model, dtype=torch.float32).eval()
+            base = AutoModelForCausalLM.from_pretrained(reference.model, dtype=torch.float32)
             compiled = reference.folder / f"{name}-compiled"
             compile_prefix(base, adapter=reference.adapter(name), task=task_of(kind)).save(compiled)
             client.publish(f"acme/{name}", compiled)
