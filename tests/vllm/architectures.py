@@ -1,7 +1,8 @@
-"""Small models with windows, of the architectures that vLLM serves on a CPU, and a command that tries them all.
+"""Small models of the architectures that vLLM serves on a CPU, most with windows, and a command that tries them all.
 
-`python -m tests.vllm.architectures [NAME …]` compares vLLM's answers with PEFT's for each of them, and prints the table
-of README; `test_windows.py` does the same for some.
+`python -m tests.vllm.architectures [NAME …]` compares vLLM's answers with PEFT's for each of them, behind prefixes and
+behind compiled soft prompts, and prints the table of README; `test_windows.py` does the same for some, without soft
+prompts.
 """
 
 import sys
@@ -14,8 +15,10 @@ from typing import Any, Final
 import transformers
 from transformers import PreTrainedConfig
 
+from prefix_service.errors import InvalidRequest
 from tests.vllm.asking import Adapter, Asking, started
 from tests.vllm.reference import VOCABULARY, make_reference
+from tests.vllm.soft_prompts import publish_soft_prompts
 
 WINDOW: Final = 64
 ADAPTERS: Final = ("a", "c", "d", "large")
@@ -71,6 +74,8 @@ class Architecture:
 
 
 ARCHITECTURES: Final = {
+    "Llama": Architecture("Llama", "all", 50, {"sliding_window": None}),
+    "Qwen 3": Architecture("Qwen3", "all, norms of queries and keys", 50, {"sliding_window": None}),
     "Mistral": Architecture("Mistral", "window in all", 20),
     "Qwen 2": Architecture(
         "Qwen2", "window in all", 20, {"use_sliding_window": True, "max_window_layers": 0}, head_dim=False
@@ -144,10 +149,27 @@ def compare(asking: Asking) -> int:
     return int(told["preemptions"])
 
 
+def compare_soft_prompts(asking: Asking) -> int:
+    """Compares answers behind compiled soft prompts with PEFT's, twice; returns how many were compared."""
+    asking.close = _CLOSE
+    names = publish_soft_prompts(asking)
+    rows: list[tuple[Adapter, str]] = [(name, prompt) for name in names for prompt in ("tiny", "short", "long")]
+    for _ in range(_ROUNDS):
+        asking.run(*rows)
+    return _ROUNDS * len(rows)
+
+
 def engine_options(architecture: Architecture) -> dict[str, Any]:
     """Returns the options of vLLM."""
     few = {"max_num_batched_tokens": 32, "num_gpu_blocks_override": architecture.blocks, "max_model_len": 448}
     return {**few, **architecture.options}
+
+
+def _told_soft_prompts(asking: Asking) -> str:
+    try:
+        return f"{compare_soft_prompts(asking)} answers equal"
+    except InvalidRequest as error:  # no prefix can be compiled for this architecture
+        return f"refused: {error}"
 
 
 def main(names: list[str]) -> None:
@@ -159,6 +181,7 @@ def main(names: list[str]) -> None:
                 reference = make_reference(Path(folder) / "reference", architecture.build(), ADAPTERS)
                 with started(reference, Path(folder) / "engine", **engine_options(architecture)) as asking:
                     result = f"{_ROUNDS * len(ROWS)} answers equal, {compare(asking)} preemptions"
+                    result += f" | {_told_soft_prompts(asking)}"
             except Exception as error:  # noqa: BLE001 - the others are tried too
                 result = f"FAILED: {error!r:.300}"
         print(f"| {name} | {architecture.layers} | {result} |", flush=True)  # noqa: T201 - this is a command

