@@ -2,7 +2,7 @@
 
     python -m tests.cli.demo.train [OUT_FOLDER]
 
-The folder that the demo has was made this way, in a minute on two cores. Sixteen virtual tokens, which begin as the
+The folder that the demo has was made this way, in some minutes on two cores. Sixteen virtual tokens, which begin as the
 embeddings of an instruction, learn to answer a question about a capital with its name alone. The countries that are
 asked are not among those of the training.
 """
@@ -23,8 +23,8 @@ FOLDER: Final = Path(prefix_service.cli.demo.__file__).parent / "soft_prompts" /
 _BASE: Final = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _TOKENS: Final = 16
 _INSTRUCTION: Final = "Answer each question with one word, the name of the city alone, as in: Paris."
-_STEPS, _ROWS, _RATE = 15, 4, 2e-2
-_ASKED: Final = ("Spain", "Hungary", "Poland", "Japan", "Egypt", "Norway")
+_STEPS, _ROWS, _RATE = 80, 6, 1e-2
+_ASKED: Final = ("Spain", "Hungary", "Japan", "Norway")
 _CAPITALS: Final = (
     "France Paris;Germany Berlin;Italy Rome;Portugal Lisbon;Austria Vienna;Greece Athens;Sweden Stockholm;"
     "Finland Helsinki;Denmark Copenhagen;Ireland Dublin;Iceland Reykjavik;Belgium Brussels;Netherlands Amsterdam;"
