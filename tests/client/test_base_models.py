@@ -1,9 +1,12 @@
 """Both clients compare the base model of a version with the model that its prefix is given to."""
 
+import copy
 import itertools
+import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Final
 
 import pytest
@@ -12,6 +15,7 @@ import transformers
 
 from prefix_service.checkpoints.base_models import read_fingerprint
 from prefix_service.client import BaseModelWarning, Fingerprint, PrefixClient
+from prefix_service.client.transformers import compile_prefix
 from prefix_service.errors import BaseModelMismatch, InvalidRequest, NotFound, PrefixServiceError
 from tests.client.conftest import LLAMA, Counting
 from tests.conftest import CORPUS, Server
@@ -64,6 +68,29 @@ def test_another_one_is_a_warning(connect: Callable[..., Any], server: Server, m
     with warnings.catch_warnings():
         warnings.simplefilter("error", BaseModelWarning)
         client.get(name).to_cache(model.config)  # which says nothing of weights
+
+
+def test_a_fine_tuned_variant_is_told_apart_and_a_copy_is_not(server: Server, model: Any, tmp_path: Path) -> None:
+    """A prefix compiled with a base model is refused by its instruct variant, which differs in weights alone, and
+    accepted by the same base model in another folder.
+    """
+    compile_prefix(model, token_ids=[5, 6]).save(tmp_path / "prefix")
+    instruct = copy.deepcopy(model)
+    for parameter in instruct.parameters():
+        parameter.data += 0.01 * parameter.data.abs().mean()
+    instruct.save_pretrained(tmp_path / "instruct")
+    shutil.copytree(_BASE, tmp_path / "copy")
+    variants = {
+        name: transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("instruct", "copy")
+    }
+    with PrefixClient(server.url, server.admin_key, base_model_check="refuse") as client:
+        client.publish("bases/variants", tmp_path / "prefix")
+        prefix = client.get("bases/variants")
+    with pytest.raises(
+        BaseModelMismatch, match=r"another base model: weights_index is '[^']*' here, and was '[^']*'\."
+    ):
+        prefix.generate(variants["instruct"], _IDS)
+    prefix.generate(variants["copy"], _IDS, max_new_tokens=1, pad_token_id=0)
 
 
 def test_another_one_can_be_refused_or_served(connect: Callable[..., Any], server: Server, model: Any) -> None:

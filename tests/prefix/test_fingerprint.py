@@ -6,7 +6,13 @@ from typing import Any
 import pytest
 
 from prefix_service.errors import InvalidRequest, TooLarge
-from prefix_service.prefix.fingerprint import MOST_FINGERPRINT, Fingerprint, check_fingerprint
+from prefix_service.prefix.fingerprint import (
+    MOST_FINGERPRINT,
+    NO_FINGERPRINT,
+    Fingerprint,
+    check_fingerprint,
+    common_base_model,
+)
 
 WHOLE = {
     "weights_index": "sha256:1",
@@ -69,3 +75,34 @@ def test_a_number_in_float32_is_the_same_setting() -> None:
     norms = Fingerprint(norms={"rms_norm_eps": 1e-5})
     assert norms.differences(Fingerprint(norms={"rms_norm_eps": 9.999999747378752e-06})) == []
     assert norms.differences(Fingerprint(norms={"rms_norm_eps": 1e-6})) == [("norms.rms_norm_eps", 1e-5, 1e-6)]
+
+
+def test_several_versions_have_the_settings_of_their_base_model_that_all_know() -> None:
+    """What one of them does not know, and hashes of different kinds, are left out; the order does not matter."""
+    whole = Fingerprint.of({**WHOLE, "weights_index": "sampled-bfloat16:1"})
+    less = Fingerprint.of(
+        {
+            "architecture": "LlamaForCausalLM",
+            "sizes": {"num_layers": 32, "vocab_size": 7},
+            "rope": {"rope_theta": None, "rope_scaling": {"short_factor": [1.0, 1.5], "factor": 8.0}},
+            "norms": {"eps": 1e-5},
+            "weights_index": "sampled-float16:1",
+        }
+    )
+    expected = {
+        "architecture": "LlamaForCausalLM",
+        "sizes": {"num_layers": 32},
+        "rope": {"rope_scaling": {"short_factor": [1.0, 1.5]}},
+    }
+    for named in ([("a", whole), ("b", less)], [("b", less), ("a", whole), ("c", whole)]):
+        assert common_base_model(named).known() == expected
+    assert common_base_model([("a", whole), ("c", whole)]) == whole
+    assert common_base_model([("a", whole), ("b", less), ("d", NO_FINGERPRINT)]) == NO_FINGERPRINT
+
+
+def test_versions_of_different_base_models_have_none_in_common() -> None:
+    """The error names the two that differ, behind others too, with the field and both values."""
+    one, other = (Fingerprint(rope={"rope_theta": theta}) for theta in (1e4, 5e5))
+    words = r"the base model of t/c has rope.rope_theta 500000.0, and that of t/b 10000.0: they cannot be composed"
+    with pytest.raises(InvalidRequest, match=words):
+        common_base_model([("t/a", NO_FINGERPRINT), ("t/b", one), ("t/c", other)])

@@ -32,6 +32,8 @@ class Reference:
 
     folder: Path
     prompts: dict[str, list[int]]
+    tasks: dict[str, int] = field(default_factory=dict)
+    """The task that PEFT is asked for, of each adapter that has tasks."""
     _known: dict[tuple[str | None, str, int], Said] = field(default_factory=dict)
     _models: dict[str | None, Any] = field(default_factory=dict)
 
@@ -69,6 +71,7 @@ class Reference:
         prompt = self.prompts[named]
         ids = torch.tensor([prompt])
         options = {"max_new_tokens": count, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        tasks = {"task_ids": torch.tensor([self.tasks[adapter]])} if adapter in self.tasks else {}
         with torch.inference_mode():
             made = self._loaded(adapter).generate(
                 input_ids=ids,
@@ -76,6 +79,7 @@ class Reference:
                 output_logits=True,
                 return_dict_in_generate=True,
                 **options,
+                **tasks,
                 **more,
             )
         tokens = made.sequences[0, len(prompt) :].tolist()

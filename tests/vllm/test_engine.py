@@ -13,6 +13,7 @@ from tests.conftest import Server, running_server
 from tests.vllm.asking import TOKENS_SAID, Adapter, Asking, started
 from tests.vllm.publishing import publish
 from tests.vllm.reference import VOCABULARY, Reference
+from tests.vllm.soft_prompts import publish_soft_prompts
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers' own
 
@@ -60,6 +61,17 @@ def test_several_adapters_are_their_concatenation(asking: Asking) -> None:
     ]
     assert [one["tokens"] for one in bits] == [[84], [84], [84]]
     assert bits[0]["digest"] == bits[1]["digest"] != bits[2]["digest"]
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")  # PEFT's loop of generation
+def test_compiled_soft_prompts_say_what_they_say_in_peft(asking: Asking) -> None:
+    """Soft prompts of PEFT's four types, trained by PEFT and compiled, share a batch with prefixes and plain requests:
+    tokens and log probabilities are PEFT's, also from the prefix cache.
+    """
+    names = publish_soft_prompts(asking)
+    rows: list[tuple[Adapter, str]] = [(name, prompt) for name in names for prompt in ("tiny", "long")]
+    for _ in range(2):
+        asking.run(*rows, *MIXED)
 
 
 def test_without_the_salt_one_would_get_anothers_blocks(asking: Asking) -> None:

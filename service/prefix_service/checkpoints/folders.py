@@ -3,15 +3,15 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from safetensors.torch import save_file
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from prefix_service.errors import Conflict, StorageFailed
 from prefix_service.prefix.config import write_config
 from prefix_service.prefix.file_names import BASE_MODEL_NAME, CONFIG_NAME, RECIPE_NAME, WEIGHTS_NAME
 from prefix_service.prefix.fingerprint import NO_FINGERPRINT, Fingerprint
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def check_folder(folder: Path) -> None:
@@ -28,7 +28,7 @@ def check_folder(folder: Path) -> None:
 def write_folder(
     folder: Path,
     config: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
+    tensors: "Mapping[str, Tensor]",
     recipe: Mapping[str, str] | None = None,
     base_model: Fingerprint = NO_FINGERPRINT,
 ) -> None:
@@ -39,14 +39,25 @@ def write_folder(
         Conflict: the folder contains one of the files already.
         StorageFailed: the folder cannot be written.
     """
+    from safetensors.torch import save_file
+
     check_folder(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(dict(tensors), folder / WEIGHTS_NAME)
         if recipe is not None:
             (folder / RECIPE_NAME).write_text(json.dumps(dict(recipe), indent=2, sort_keys=True) + "\n")
-        if base_model != NO_FINGERPRINT:
-            (folder / BASE_MODEL_NAME).write_text(json.dumps(base_model.known(), indent=2, sort_keys=True) + "\n")
+        write_base_model(folder, base_model)
         (folder / CONFIG_NAME).write_bytes(write_config(dict(config)) + b"\n")
     except OSError as error:
         raise StorageFailed(f"{folder} cannot be written: {error.strerror}") from error
+
+
+def write_base_model(folder: Path, base_model: Fingerprint) -> None:
+    """Writes the fingerprint of an adapter's base model to its folder, if it is known.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    if base_model != NO_FINGERPRINT:
+        (folder / BASE_MODEL_NAME).write_text(json.dumps(base_model.known(), indent=2, sort_keys=True) + "\n")

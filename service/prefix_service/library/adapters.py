@@ -1,6 +1,7 @@
 """Aliases and descriptions of versions, and the deletion of adapters, versions and aliases."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from prefix_service.catalog.catalog import Catalog
@@ -10,6 +11,7 @@ from prefix_service.catalog.records import Principal, Version
 from prefix_service.catalog.threads import read_catalog, write_catalog
 from prefix_service.errors import InvalidRequest
 from prefix_service.prefix.description import Description
+from prefix_service.prefix.fingerprint import Fingerprint, check_fingerprint, common_base_model
 from prefix_service.prefix.references import Reference
 
 T = TypeVar("T")
@@ -77,6 +79,24 @@ class Adapters:
             NotFound: the version was deleted meanwhile.
         """
         return await read_catalog(self._descriptions.get, version)
+
+    async def common_base_model(self, sources: Sequence[tuple[str, Version]]) -> str:
+        """Returns the fingerprint of the one base model of versions, each with the name that the caller used, as a
+        description has it: the settings that all of them know.
+
+        Raises:
+            InvalidRequest: two versions were made for different base models.
+            NotFound: a version was deleted meanwhile.
+        """
+
+        def read() -> str:
+            names: dict[str, str] = {}  # by fingerprint, so that equal ones are compared once
+            for name, version in sources:
+                names.setdefault(self._descriptions.get(version).fingerprint, name)
+            named = [(name, Fingerprint.of(json.loads(text or "{}"))) for text, name in names.items()]
+            return check_fingerprint(common_base_model(named).known())
+
+        return await read_catalog(read)
 
     async def change_description(
         self,

@@ -2,8 +2,10 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import reduce
+from itertools import combinations
 from typing import Any, Final, Self
 
 from prefix_service.errors import InvalidRequest, TooLarge
@@ -18,6 +20,7 @@ MOST_MEMBERS: Final = 256
 MOST_TEXT: Final = 256
 """Characters of one of its texts."""
 
+_MOST_SHOWN: Final = 120  # characters of a value in a message, so that a hash is shown whole
 TEXTS: Final = ("architecture", "tokenizer", "weights_index")
 OBJECTS: Final = ("sizes", "rope", "norms")
 
@@ -81,6 +84,35 @@ def check_fingerprint(values: Mapping[str, Any]) -> str:
     if len(text) > MOST_FINGERPRINT:
         raise TooLarge(f"the fingerprint has {len(text)} bytes, and may have {MOST_FINGERPRINT}: leave out details")
     return text
+
+
+def common_base_model(named: Sequence[tuple[str, Fingerprint]]) -> Fingerprint:
+    """Returns the fingerprint of the one base model of several versions: the settings that all of them know.
+
+    Raises:
+        InvalidRequest: two versions differ in a setting that both know.
+    """
+    for (name, one), (other_name, other) in combinations(named, 2):
+        if different := one.differences(other):
+            field, *values = different[0]
+            here, there = (shown(value, _MOST_SHOWN) for value in values)
+            raise InvalidRequest(
+                f"the base model of {other_name} has {field} {there}, and that of {name} {here}: they cannot be "
+                "composed. If they have one base model, replace the fingerprint that is wrong (PUT …/base-model)"
+            )
+    return Fingerprint.of(reduce(_shared, (fingerprint.known() for _, fingerprint in named)))
+
+
+def _shared(here: Mapping[str, Any], there: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what both know and have in common, also in objects inside of objects, without empty ones."""
+    found = {}
+    for name in here.keys() & there.keys():
+        one, other = here[name], there[name]
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            one = other = _shared(one, other)
+        if one not in (None, {}) and _equal(one, other):
+            found[name] = one
+    return found
 
 
 def _differ(here: str | None, there: str | None) -> bool:

@@ -167,6 +167,31 @@ def test_what_cannot_be_composed(client: httpx.Client, references: list[Any], sa
     problem(client.get(f"/v1/tenants/{TENANT}/adapters/refused"), 404)
 
 
+def test_it_has_the_base_model_of_its_parts(client: httpx.Client) -> None:
+    """A composition has what all parts know of their base model; parts of different ones are refused by the field."""
+    for name, values in (
+        ("based", {"architecture": "llama", "rope": {"rope_theta": 1e4}, "weights_index": "sampled-bfloat16:1"}),
+        ("based-too", {"architecture": "llama", "rope": {"rope_theta": 1e4}}),
+        ("instruct", {"architecture": "llama", "weights_index": "sampled-bfloat16:2"}),
+    ):
+        upload_directory(client, TENANT, name, CARTRIDGE)
+        assert client.put(f"/v1/tenants/{TENANT}/adapters/{name}@1/base-model", json=values).status_code == 204
+    for name, parts, expected in (
+        ("same", ("based", "based"), {"architecture", "rope", "weights_index"}),
+        ("common", ("based", "based-too"), {"architecture", "rope"}),
+        ("unknown", ("based", "cartridge"), set()),
+    ):
+        assert _compose(client, name, *(f"{TENANT}/{part}@1" for part in parts)).status_code == 201
+        assert client.get(f"/v1/tenants/{TENANT}/adapters/{name}/base-model").json().keys() == expected
+    refused = _compose(client, "refused", f"{TENANT}/based-too", f"{TENANT}/based", f"{TENANT}/instruct@1")
+    said = (
+        "the base model of composing/instruct@1 has weights_index 'sampled-bfloat16:2', and that of composing/based "
+        "'sampled-bfloat16:1': they cannot be composed"
+    )
+    assert said in problem(refused, 422, "invalid-request")["detail"]
+    problem(client.get(f"/v1/tenants/{TENANT}/adapters/refused"), 404)
+
+
 def test_options_of_an_untrained_prefix_do_not_belong_here(client: httpx.Client) -> None:
     """A body has either `compose` or a config."""
     body = {"compose": [f"{TENANT}/plain"] * 2, "config": CONFIG}

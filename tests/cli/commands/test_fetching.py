@@ -11,10 +11,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from prefix_service.checkpoints.base_models import read_fingerprint
 from prefix_service.cli.commands import fetching
 from prefix_service.cli.commands.fetching import pull
 from prefix_service.client import PrefixClient
-from prefix_service.errors import InvalidResponse
+from prefix_service.errors import Conflict, InvalidResponse
 from tests.api.helpers import upload_directory
 from tests.cli.conftest import Run
 from tests.conftest import CORPUS, Server
@@ -74,6 +75,21 @@ def test_pull_writes_what_publish_read(server: Server, tmp_path: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", *FILES]
     for path in source.iterdir():
         assert (folder / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_a_pulled_folder_has_the_fingerprint_of_its_base_model(server: Server, tmp_path: Path) -> None:
+    """`pull` writes it as `compile` does, so that a version published of the pulled folder has it too."""
+    expected = read_fingerprint(CORPUS / "bases" / "llama")
+    with PrefixClient(server.url, server.admin_key) as client:
+        client.publish("clipull/based", LLAMA, base_model=expected)
+        pull("clipull/based@1", str(tmp_path), server.url, server.admin_key)
+        assert sorted(path.name for path in tmp_path.iterdir()) == [*FILES, "prefix_base_model.json"]
+        client.publish("clipull/based-again", tmp_path)
+        assert client.base_model("clipull/based-again@1") == expected
+    (tmp_path / FILES[0]).unlink()
+    (tmp_path / FILES[1]).unlink()
+    with pytest.raises(Conflict, match=r"prefix_base_model\.json exists"):
+        pull("clipull/based@1", str(tmp_path), server.url, server.admin_key)
 
 
 def _reformatted(source: Path, folder: Path) -> Path:

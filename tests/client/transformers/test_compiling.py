@@ -14,7 +14,6 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from prefix_service.client import Prefix, PrefixClient
 from prefix_service.client.transformers import CompiledPrefix, compile_prefix
@@ -29,6 +28,7 @@ from prefix_service.errors import (
 )
 from tests.architectures import LEFT, LENGTHS, NAMED, RIGHT, ROWS, base, padded
 from tests.conftest import Server
+from tests.soft_prompts import KINDS, TASK, task_of, train_soft_prompt
 
 pytestmark = [
     # These are PEFT's and transformers' warnings, for a base model without a name, a property that PEFT reads, and
@@ -41,17 +41,6 @@ pytestmark = [
 NEW: dict[str, Any] = {"max_new_tokens": 8, "return_dict_in_generate": True, "output_logits": True}
 TEXT = torch.randint(3, 64, (1, 12), generator=torch.Generator().manual_seed(3))
 """Twelve tokens: fewer than a window of 16, more than one of 4."""
-
-KINDS: dict[str, tuple[type[Any], dict[str, Any]]] = {
-    "PROMPT_TUNING": (peft.PromptTuningConfig, {"num_virtual_tokens": 6}),
-    "P_TUNING": (peft.PromptEncoderConfig, {"num_virtual_tokens": 6, "encoder_hidden_size": 16}),
-    "MULTITASK_PROMPT_TUNING": (peft.MultitaskPromptTuningConfig, {"num_virtual_tokens": 6, "num_tasks": 3}),
-    "CPT": (
-        peft.CPTConfig,
-        {"cpt_token_ids": [5, 6, 7, 8, 9, 10], "cpt_mask": [1] * 6, "cpt_tokens_type_mask": [1, 2, 3, 4, 1, 2]},
-    ),
-}
-TASK = {"MULTITASK_PROMPT_TUNING": 1}
 
 Served = Callable[[str, CompiledPrefix], Prefix]
 
@@ -72,17 +61,10 @@ def served(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Served:
 
 @pytest.fixture(scope="session")
 def soft_prompt(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
-    """Returns the folder in which PEFT saved a soft prompt of a kind for an architecture."""
+    """Returns the folder in which PEFT saved a soft prompt of a kind that it trained for an architecture."""
 
     def saved(name: str, kind: str) -> Path:
-        config_type, options = KINDS[kind]
-        model = peft.get_peft_model(NAMED[name].build(), config_type(task_type="CAUSAL_LM", **options))
-        torch.manual_seed(14)
-        for parameter in model.prompt_encoder.parameters():
-            nn.init.normal_(parameter, std=0.8)
-        folder = tmp_path_factory.mktemp(kind.lower())
-        model.save_pretrained(folder)
-        return folder
+        return train_soft_prompt(NAMED[name].build(), kind, 6, tmp_path_factory.mktemp(kind.lower()))
 
     return cache(saved)
 
@@ -136,11 +118,11 @@ def test_a_compiled_soft_prompt_does_what_it_does_in_peft(
 ) -> None:
     """Greedy tokens and logits are PEFT's, for padded rows and for each row alone."""
     folder, model = soft_prompt(name, kind), base(name)
-    prefix = served(f"{name}-{kind}", compile_prefix(model, adapter=folder, task=TASK.get(kind)))
+    prefix = served(f"{name}-{kind}", compile_prefix(model, adapter=folder, task=task_of(kind)))
     theirs = NAMED[name].peft(folder)
     inputs: dict[str, Any] = {"input_ids": padded(LEFT), "attention_mask": LEFT}
-    chosen = {"task_ids": torch.tensor([1])} if kind in TASK else {}
-    tasks = {"task_ids": torch.tensor([1] * 3)} if kind in TASK else {}
+    chosen = {} if task_of(kind) is None else {"task_ids": torch.tensor([TASK])}
+    tasks = {} if task_of(kind) is None else {"task_ids": torch.tensor([TASK] * 3)}
     # PEFT drops positions, so that models which take them count the padding on the left.
     own = {} if name in ("opt", "bloom") else {"position_ids": torch.arange(LEFT.shape[1]).expand(3, -1)}
     found = prefix.generate(model, **inputs, **own, **NEW)
@@ -386,4 +368,4 @@ def test_what_is_missing_is_named(soft_prompt: Callable[[str, str], Path], monke
 def test_virtual_tokens_have_no_ids_to_look_up(soft_prompt: Callable[[str, str], Path]) -> None:
     """Gemma 4 looks up its layers' inputs by token ids: PEFT fails there, and the error says so."""
     with pytest.raises(InvalidRequest, match="looks up its layers' inputs by token ids"):
-        compile_prefix(base("gemma4"), adapter=soft_prompt("gemma4", "PROMPT_TUNING"))
+        compile_prefix(base("gemma4"), adapter=soft_prompt("gemma3", "PROMPT_TUNING"))

@@ -1,6 +1,7 @@
 """Publishing: a multipart upload of trained weights, or JSON for a fresh or a composed version."""
 
 from collections.abc import Coroutine, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
@@ -127,11 +128,13 @@ async def _publish_fresh(wanted: FreshVersion, state: State, target: Target) -> 
 
 
 async def _publish_composed(wanted: ComposedVersion, state: State, target: Target) -> tuple[Version, bool]:
-    """From all that the caller may read."""
+    """From all that the caller may read; with the fingerprint of the base model, which must be the same."""
     named = [(name, *parse_qualified(name)) for name in wanted.compose]
     library, by = state.library, target.by
     sources = [(name, await library.resolve_for(by, tenant, reference)) for name, tenant, reference in named]
-    return await state.publisher.publish_composed(target, sources, wanted.description())
+    base_model = await state.adapters.common_base_model(sources)
+    description = replace(wanted.description(), fingerprint=base_model)
+    return await state.publisher.publish_composed(target, sources, description)
 
 
 async def _publish_upload(request: Request, state: State, target: Target) -> tuple[Version, bool]:

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, get_args
 import typer
 from rich.progress import Progress
 
+from prefix_service.checkpoints.folders import write_base_model
 from prefix_service.checkpoints.remote.address import FORMS, Address, is_address, parse_address
 from prefix_service.cli.console import errors_console, print_json, print_table, say, working
 from prefix_service.cli.files import check_output, written
 from prefix_service.cli.options import DEFAULT_URL, ApiKey, Json, Ref, Url, connect
 from prefix_service.errors import Conflict, InvalidRequest, InvalidResponse, StorageFailed
-from prefix_service.prefix.file_names import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
+from prefix_service.prefix.file_names import BASE_MODEL_NAME, CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from prefix_service.prefix.variant import KVDtype
 from prefix_service.system.disk import translated
 from prefix_service.system.sizes import human_bytes
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 _PIECE: Final = 32 << 20  # bytes of weights that are in memory together
 _MEDIA_TYPES: Final = {
     CONFIG_NAME: "application/json",
+    BASE_MODEL_NAME: "application/json",
     CARD_NAME: "text/markdown",
     WEIGHTS_NAME: "application/vnd.safetensors",
 }
@@ -120,9 +122,10 @@ def pull(
 ) -> None:
     """Write the PEFT folder of a version again.
 
-    Config and weights come byte for byte as they were uploaded, the model card as README.md; annotations are printed. A
-    version that was made of others, or published to an older service, has its config as PEFT writes it. An artifact in
-    an OCI registry has the same files as layers, and the annotations in its manifest.
+    Config and weights come byte for byte as they were uploaded, the model card as README.md, the fingerprint of the
+    base model as prefix_base_model.json, which `publish` reads; annotations are printed. A version that was made of
+    others, or published to an older service, has its config as PEFT writes it. An artifact in an OCI registry has the
+    same files as layers, and the annotations in its manifest.
     """
     if is_address(target):
         address = parse_address(target)
@@ -135,7 +138,7 @@ def pull(
         _tell_pulled(pulled, as_json=as_json)
         return
     folder = Path(target)
-    for name in (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME):
+    for name in (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME, BASE_MODEL_NAME):
         if (folder / name).exists():
             raise Conflict(f"{folder / name} exists: choose an empty folder")
     with connect(url, api_key) as client:
@@ -181,8 +184,8 @@ def _by_digest(version: Mapping[str, Any]) -> str:
 
 
 def _write(client: "PrefixClient", version: Mapping[str, Any], folder: Path) -> None:
-    """Write the config, the model card if there is one, and the weights of a version; after a failure there are no
-    weights.
+    """Write the config, the model card and the base model's fingerprint if there are any, and the weights of a version;
+    after a failure there are no weights.
 
     Raises:
         InvalidResponse: what came is not the weights file of this version.
@@ -195,6 +198,7 @@ def _write(client: "PrefixClient", version: Mapping[str, Any], folder: Path) -> 
         (folder / CONFIG_NAME).write_bytes(client.config_file(_by_digest(version)))
         if card := client.card(_by_digest(version)):
             (folder / CARD_NAME).write_bytes(card.encode())
+        write_base_model(folder, client.base_model(_by_digest(version)))
         partial.rename(folder / WEIGHTS_NAME)
     finally:
         partial.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ Their keys and values are a prefix too: virtual tokens stand in front, and atten
 changes them.
 """
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -91,7 +92,10 @@ def embeddings(model: Any, prompt: SoftPrompt) -> Tensor:
         config: Any = PeftConfig.from_pretrained(str(prompt.folder))
         if prompt.peft_type == _MULTITASK:
             config.prompt_tuning_init = "RANDOM"  # the beginning of training, which the weights replace
-        wrapped: Any = PeftModel.from_pretrained(model, str(prompt.folder), config=config)
+        with warnings.catch_warnings():
+            # PEFT reads a property that transformers deprecates, which the caller cannot change.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            wrapped: Any = PeftModel.from_pretrained(model, str(prompt.folder), config=config)
         tasks = {} if prompt.task is None else {"task_ids": torch.tensor([prompt.task], device=words.weight.device)}
         with torch.no_grad():
             found: Tensor = wrapped.get_prompt(1, **tasks)
