@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 from unittest.mock import patch
@@ -79,7 +80,7 @@ def rows(*, has_gpu: bool) -> Iterator[Row]:
             if case.needs_gpu and not has_gpu:
                 yield Row(PART, what, NOT_RUN, "there is no GPU")
                 continue
-            yield attempt(PART, what, lambda case=case: _compared(case, references, Path(name), has_gpu=has_gpu))
+            yield attempt(PART, what, partial(_compared, case, references, Path(name), has_gpu=has_gpu))
 
 
 def _compared(case: _Case, references: dict[str | None, Reference], folder: Path, *, has_gpu: bool) -> str:
@@ -172,7 +173,7 @@ def _text_distance(asking: Asking) -> float:
     same = _same(behind["tokens"], real["tokens"])
     assert same, f"the first tokens differ: {behind['tokens']} behind the prefix, {real['tokens']} behind the text"
     pairs = zip(behind["logprobs"][:same], real["logprobs"][:same], strict=True)
-    return max(abs(one - other) for one, other in pairs)
+    return max(abs(float(one) - float(other)) for one, other in pairs)
 
 
 def _same(one: Sequence[int], other: Sequence[int]) -> int:

@@ -1,6 +1,7 @@
 """`bash tests/gpu/run` runs every test that needs a GPU, and reports what it could not run."""
 
 import pytest
+import torch
 
 from tests.gpu import __main__ as command
 from tests.gpu import connector, rows, service, timings
@@ -17,7 +18,7 @@ def test_without_a_gpu_the_table_says_what_was_not_run_and_the_command_fails(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A part that was not asked for has a row too, and one row that did not pass fails the whole."""
-    monkeypatch.setattr(command.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(service, "rows", lambda: [rows.Row("service", "streams", rows.NOT_RUN, "no CUDA device")])
     assert command.main(["service"]) == 1
     printed = capsys.readouterr()

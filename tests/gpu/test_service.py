@@ -1,7 +1,7 @@
 """A service on a GPU answers with the bytes of one on the CPU, and clients copy from pinned memory."""
 
 from collections.abc import Iterator
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -31,7 +31,8 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, 
 @pytest.mark.parametrize("dtype", get_args(KVDtype))
 def test_a_service_on_the_gpu_sends_the_bytes_of_one_on_the_cpu(servers: tuple[Server, Server], dtype: KVDtype) -> None:
     """Keys and values are equal bit for bit in each dtype, float8's scales included, whole and of a part."""
-    for part in ({}, {"layers": (1, 2)}, {"tp": (1, 2)}):
+    parts: list[dict[str, Any]] = [{}, {"layers": (1, 2)}, {"tp": (1, 2)}]
+    for part in parts:
         found = []
         for server in servers:
             with PrefixClient(server.url, server.admin_key, cache_bytes=0) as client:

@@ -148,7 +148,6 @@ def _llama() -> LlamaConfig:
         head_dim=128,
         vocab_size=128_256,
         max_position_embeddings=131_072,
-        rope_theta=500_000.0,
         architectures=["LlamaForCausalLM"],
         dtype="bfloat16",
     )

@@ -129,7 +129,12 @@ def _switch_salt(llm: Any, salted: bool) -> dict[str, Any]:
 def _salt_of(llm: Any, job: dict[str, Any]) -> dict[str, str]:
     salts = llm.llm_engine.engine_core.engine_core.scheduler.connector.half._salts
     made, of = [], salts.of
-    salts.of = lambda *what: made.append(of(*what)) or made[-1]
+
+    def noted(*what: Any) -> str:
+        made.append(of(*what))
+        return str(made[-1])
+
+    salts.of = noted
     try:
         _run(llm, [job], 1)
     finally:

@@ -54,10 +54,11 @@ class _Scheduler:
     """A scheduler's half with room for `tokens`, and what vLLM does with it."""
 
     def __init__(self, tokens: int = 100) -> None:
-        self.resolver: Any = _Resolver()
+        self.resolver = _Resolver()
+        resolver: Any = self.resolver
         config = ConnectorConfig.of({"url": "http://127.0.0.1:1"})
         self.shelf = Shelf(tokens * _TOKEN, 1, Tally())
-        self.half = SchedulerHalf(self.resolver, self.shelf, _MODEL, config, Tally())
+        self.half = SchedulerHalf(resolver, self.shelf, _MODEL, config, Tally())
 
     def arrive(self, name: str, adapter: str = "acme/a") -> Any:
         """Hands a request to the half, and returns it."""
