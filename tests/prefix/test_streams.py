@@ -10,8 +10,8 @@ from prefix_service.prefix.kv import PrefixKV
 from prefix_service.prefix.streams import own_stream
 from prefix_service.prefix.variant import KVDtype
 from prefix_service.prefix.wire.rendering import render, to_host
+from tests.missing import needs_cuda
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: this test has streams on one")
 CUDA = torch.device("cuda")
 
 

@@ -12,8 +12,7 @@ from prefix_service.prefix.kv import PrefixKV
 from prefix_service.registry.allocation import exhausted
 from prefix_service.registry.keys import RenderingKey, VersionKey
 from prefix_service.registry.registry import AdapterRegistry
-
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: this test exhausts one")
+from tests.missing import needs_cuda
 
 
 @pytest.fixture

@@ -16,10 +16,10 @@ from prefix_service.prefix.kv import PrefixKV
 from prefix_service.prefix.wire.rendering import Rendering, render
 from prefix_service.registry.keys import RenderingKey, VersionKey
 from prefix_service.registry.registry import LEAST, AdapterRegistry, choose_device
+from tests.missing import needs_cuda
 
 CPU = torch.device("cpu")
 SIZE = 2 * 3 * 4 * 4  # bytes of a prefix of one layer, one head, three tokens of size 4
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: this test copies to one")
 
 
 @pytest.fixture

@@ -101,7 +101,7 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] # 
 
     def build_connector_meta(self, scheduler_output: Any) -> PrefixOrders:
         """Returns the orders for the workers."""
-        return PrefixOrders(self.half.take_orders())
+        return PrefixOrders(self.half.take_orders(has_work=scheduler_output.total_num_scheduled_tokens > 0))
 
     def update_connector_output(self, connector_output: Any) -> None:
         """Notes the reports of the workers."""

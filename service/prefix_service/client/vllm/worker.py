@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -56,6 +57,7 @@ class WorkerHalf:
         self._background = Background("prefix-bytes")
         self._layers: dict[int, Layer] = {}
         self._parcels: dict[int, Future[list[Prefix]]] = {}  # by number, arrived or on their way
+        self._early: dict[int, Future[list[Prefix]]] = {}  # fetches whose versions are not known yet
         self._unreported: set[int] = set()
         self._loads: list[tuple[Load, Future[list[Prefix]] | None]] = []
 
@@ -95,9 +97,24 @@ class WorkerHalf:
             parcel = self._parcels.pop(number, None)
             if parcel is not None:
                 parcel.cancel()
-        for number, references in orders.fetches:
-            self._parcels[number] = self._background.submit(self._fetch(references))
+        for number, references, early in orders.fetches:
+            begun = None if early is None else self._early.pop(early, None)
+            self._parcels[number] = self._background.submit(self._fetch_or_take(references, begun))
             self._unreported.add(number)
+        for number, references in orders.early:
+            self._early[number] = self._background.submit(self._fetch(references))
+        for number in orders.given_up:
+            if (begun := self._early.pop(number, None)) is not None:
+                begun.cancel()
+
+    async def _fetch_or_take(self, references: References, begun: "Future[list[Prefix]] | None") -> "list[Prefix]":
+        """Returns the prefixes of versions: those of a fetch that began early, if it was right, else fetched."""
+        if begun is not None:
+            with suppress(PrefixServiceError):
+                prefixes = await asyncio.wrap_future(begun)
+                if all(map(_is_of, prefixes, references)):
+                    return prefixes
+        return await self._fetch(references)
 
     async def _fetch(self, references: References) -> "list[Prefix]":
         layers = (min(self._layers), max(self._layers) + 1)
@@ -157,6 +174,11 @@ class WorkerHalf:
     def close(self) -> None:
         """Ends the thread and the connections."""
         self._background.close(self._source.close)
+
+
+def _is_of(prefix: "Prefix", reference: str) -> bool:
+    """Returns whether a prefix is that of an immutable reference."""
+    return f"{prefix.metadata['tenant']}/{prefix.metadata['adapter']}@{prefix.digest}" == reference
 
 
 def _places(load: Load, block_ids: Sequence[int], block_size: int) -> _Places:
