@@ -99,7 +99,7 @@ def _try(backend: Any, layout: str, kernel_block: int, dtype: str) -> str:
         )
         layers[number] = Layer(module, 0, _BLOCK_SIZE)
     source: Any = None
-    worker = WorkerHalf(source, Model(_LAYERS, _HEADS, _HEAD_SIZE, "bfloat16", 64), (0, _HEADS))
+    worker = WorkerHalf(source, Model(_LAYERS, _HEADS, _HEAD_SIZE, "bfloat16", 64), (0, _HEADS), 1 << 20)
     worker.register(layers)
     kv = torch.randn(_LAYERS, 2, _HEADS, _TOKENS, _HEAD_SIZE, generator=torch.Generator().manual_seed(0)).bfloat16()
     prefix: Any = SimpleNamespace(kv=SimpleNamespace(tensor=kv))

@@ -201,7 +201,7 @@ def test_a_worker_uses_an_early_fetch_if_it_is_the_versions(early: Any, asked: l
         pass
 
     source: Any = SimpleNamespace(get=get, close=close)
-    worker = WorkerHalf(source, _MODEL, (0, 1))
+    worker = WorkerHalf(source, _MODEL, (0, 1), 1 << 20)
     worker._layers = {0: SimpleNamespace()}  # type: ignore[dict-item]
     worker.start(Orders(early=[(1, ("acme/a",)), (2, ("acme/b",))]))
     assert begun.wait(10)

@@ -1,7 +1,8 @@
 """Fetches that begin while the service is still asked which version a reference means. Pure state.
 
 Bytes are charged to a tenant once their version, and so their size, is known. Until then a fetch is early: there are
-few of them, each lasts no longer than its question, and the workers use its bytes only if they are the version's.
+few of them, with few bytes together, each lasts no longer than its question, and the workers use its bytes only if they
+are the version's.
 """
 
 from typing import Final
