@@ -111,7 +111,7 @@ class FleetSuite:
                 base_url = self._addresses.get(base_url, base_url)
             make(client, base_url, *arguments, **options)
 
-        _Client.__init__ = make_led  # type: ignore[method-assign]
+        _Client.__init__ = make_led  # type: ignore[assignment,method-assign]
 
     @contextlib.contextmanager
     def serving(

@@ -96,12 +96,12 @@ class Server(uvicorn.Server):
         cuts everything in progress off if there is no answer; until it knows, it passes requests on.
         """
         self.server_state.default_headers = [*self.server_state.default_headers, _CLOSE]
-        connections = self.server_state.connections
-        busy = [each for each in cast("set[Guarded]", connections) if each.is_answering]
+        connections = cast("set[Guarded]", self.server_state.connections)
+        busy = {each for each in connections if each.is_answering}
         for each in busy:
             each.shutdown()
-        while time.monotonic() < until and not self.force_exit:
-            if not any(each.is_answering for each in busy if each in connections):
+        while any(each.is_answering for each in busy & connections):
+            if time.monotonic() >= until or self.force_exit:
                 return
             await asyncio.sleep(_POLL)
 
