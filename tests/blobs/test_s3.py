@@ -396,6 +396,7 @@ def test_a_failed_copy_leaves_no_file(place: BucketPlace, tmp_path: Path) -> Non
         with pytest.raises(error):
             place.store.copy(digest, tmp_path / "copy")
         assert not (tmp_path / "copy").exists()
+        place.store.remove([digest], older_than=-3600)
 
 
 def test_a_store_has_an_identity(place: BucketPlace, monkeypatch: pytest.MonkeyPatch) -> None:
