@@ -14,7 +14,7 @@ from prefix_service.prefix.mixed import Bytes, MixedBatch, RepeatedBytes, Tensor
 from prefix_service.prefix.variant import FORMAT, Variant
 from prefix_service.prefix.wire.masks import Extra
 from prefix_service.prefix.wire.prefix_file import CHUNK, JOINED, TensorSpec, chunks_of, write_header
-from prefix_service.prefix.wire.rendering import BufferName, Rendering, halves_of
+from prefix_service.prefix.wire.rendering import BufferName, Rendering, dtype_groups
 
 _BLOCK: Final = 1 << 20  # bytes of short runs that are joined
 _RUNS: Final = 1024  # short runs that are joined
@@ -45,15 +45,15 @@ class MixedPrefixFile:
             (TensorSpec(name, extra.dtype, extra.shape), None) for name, extra in self.extras.items()
         ]
         rows, tokens = len(self.batch.rows), self.batch.num_virtual_tokens
-        for half in halves_of(self.variant.dtypes):
-            for source, dtype, suffix in half.buffers:
+        for group in dtype_groups(self.variant.dtypes):
+            for source, dtype, suffix in group.buffers:
                 width = 1 if suffix else self.batch.first.identity.head_dim
                 if self.variant.layout == "stacked":
-                    shape: tuple[int, ...] = (rows, self._layers, len(half.parts), self._heads, tokens, width)
-                    cells = range(self._layers * len(half.parts))
+                    shape: tuple[int, ...] = (rows, self._layers, len(group.parts), self._heads, tokens, width)
+                    cells = range(self._layers * len(group.parts))
                     specs.append((TensorSpec(f"past_key_values{suffix}", dtype, shape), (source, cells)))
                     continue
-                for cell, (layer, part) in enumerate(product(range(*self.variant.layers), half.parts)):
+                for cell, (layer, part) in enumerate(product(range(*self.variant.layers), group.parts)):
                     name = f"past_key_values.{layer}.{('key', 'value')[part]}{suffix}"
                     spec = TensorSpec(name, dtype, (rows, self._heads, tokens, width))
                     specs.append((spec, (source, range(cell, cell + 1))))
@@ -105,9 +105,9 @@ class MixedPrefixFile:
 
     def _runs(self, renderings: Sequence[Sequence[Rendering]]) -> Iterator[Bytes]:
         buffers = {
-            name: [[_tokens_of(rendering, half.name, name) for rendering in row] for row in renderings]
-            for half in halves_of(self.variant.dtypes)
-            for name, _, _ in half.buffers
+            name: [[_tokens_of(rendering, group.name, name) for rendering in row] for row in renderings]
+            for group in dtype_groups(self.variant.dtypes)
+            for name, _, _ in group.buffers
         }
         yield self.header
         for spec, held in self._specs:
@@ -140,11 +140,11 @@ def _tensor_bytes(tensor: Tensor) -> TensorBytes:
     return TensorBytes(bytes_of(tensor), tokens, head_dim * tensor.itemsize)
 
 
-def _tokens_of(rendering: Rendering, half: BufferName, name: BufferName) -> TensorBytes:
+def _tokens_of(rendering: Rendering, group: BufferName, name: BufferName) -> TensorBytes:
     """Returns a buffer of a rendering, of keys and values or their scales; scales are repeated for all tokens of the
-    `half` that they belong to.
+    `group` that they belong to.
     """
-    *_, tokens, width = rendering.buffers[half].shape
-    if name == half:
-        return TensorBytes(rendering.bytes_of(name), tokens, width * rendering.buffers[half].itemsize)
+    *_, tokens, width = rendering.buffers[group].shape
+    if name == group:
+        return TensorBytes(rendering.bytes_of(name), tokens, width * rendering.buffers[group].itemsize)
     return RepeatedBytes(rendering.bytes_of(name), tokens, torch.float32.itemsize)

@@ -21,7 +21,7 @@ from prefix_service.prefix.buffers import memory_of
 from prefix_service.prefix.safetensors_tensors import NAMES
 from prefix_service.prefix.variant import FORMAT, Identity, Layout, MaskDtype, Variant
 from prefix_service.prefix.wire.masks import AttentionMask, Bytes, Extra, Piece
-from prefix_service.prefix.wire.rendering import BufferName, Half, Rendering, halves_of
+from prefix_service.prefix.wire.rendering import BufferName, DtypeGroup, Rendering, dtype_groups
 
 _ALIGNMENT: Final = 64
 _LENGTH: Final = struct.Struct("<Q")
@@ -134,11 +134,11 @@ class PrefixFile:
 
     def _layer_slots(self) -> list[Slot]:
         variant, slots = self.variant, []
-        for half, (source, dtype, suffix) in self._buffers:
+        for group, (source, dtype, suffix) in self._buffers:
             rows, tail = self._rows_and_tail(suffix)
             shape = (rows, variant.kv_heads[1] - variant.kv_heads[0], *tail)
             nbytes = prod(shape) * dtype.itemsize
-            places = product(range(*variant.layers), half.parts)
+            places = product(range(*variant.layers), group.parts)
             for index, (layer, part) in enumerate(places):  # as the buffer has them: (L', P, …)
                 name = f"past_key_values.{layer}.{('key', 'value')[part]}{suffix}"
                 slots.append(Slot(name, dtype, shape, nbytes, source, index, rows))
@@ -147,16 +147,16 @@ class PrefixFile:
     def _stacked_slots(self) -> list[Slot]:
         variant, slots = self.variant, []
         layers, heads = variant.layers[1] - variant.layers[0], variant.kv_heads[1] - variant.kv_heads[0]
-        for half, (source, dtype, suffix) in self._buffers:
+        for group, (source, dtype, suffix) in self._buffers:
             rows, tail = self._rows_and_tail(suffix)
-            shape = (rows, layers, len(half.parts), heads, *tail)
+            shape = (rows, layers, len(group.parts), heads, *tail)
             nbytes = prod(shape) * dtype.itemsize
             slots.append(Slot(f"past_key_values{suffix}", dtype, shape, nbytes, source, 0, rows))
         return slots
 
     @property
-    def _buffers(self) -> Iterator[tuple[Half, tuple[BufferName, torch.dtype, str]]]:
-        return ((half, buffer) for half in halves_of(self.variant.dtypes) for buffer in half.buffers)
+    def _buffers(self) -> Iterator[tuple[DtypeGroup, tuple[BufferName, torch.dtype, str]]]:
+        return ((group, buffer) for group in dtype_groups(self.variant.dtypes) for buffer in group.buffers)
 
     def _rows_and_tail(self, suffix: str) -> tuple[int, tuple[int, int]]:
         """Returns the rows of a tensor, and its last two sizes: scales have one row, and stand for all tokens."""

@@ -16,10 +16,8 @@ from prefix_service.prefix.kv import PrefixKV
 from prefix_service.prefix.safetensors_header import TensorEntry, parse_header
 from prefix_service.prefix.safetensors_tensors import DTYPES
 from prefix_service.prefix.variant import FORMAT, Variant
-from prefix_service.prefix.wire.masks import AttentionMask
 from prefix_service.prefix.wire.metadata import read_metadata
-from prefix_service.prefix.wire.prefix_file import PrefixFile
-from prefix_service.prefix.wire.rendering import halves_of
+from prefix_service.prefix.wire.rendering import DtypeGroup, dtype_groups
 
 _REMEMBERED: Final = 4096  # bytes of a header that is cached once parsed: twice the header of a stacked prefix
 
@@ -97,32 +95,39 @@ def read_kv(received: Received, allocate: Callable[[int], memoryview] | None = N
         raise InvalidResponse("the answer has the layout stacked, and two dtypes")
     if variant.layout == "layers" and len(received.tensors) <= 2 * layers:  # before their names are made
         raise InvalidResponse(f"the answer has {len(received.tensors)} tensors, too few for {layers} layers")
-    mask = AttentionMask(variant.batch_size, identity.num_virtual_tokens, torch.int64)
-    file = PrefixFile(identity, variant, {"attention_mask": mask})
-    _require(received.tensors, {slot.name: (slot.dtype, slot.shape) for slot in file.tensors.values()})
-    halves = halves_of(variant.dtypes)
-    if variant.layout == "stacked" and not halves[0].is_scaled:
+    named = list(_named(variant))
+    tail = identity.num_virtual_tokens, identity.head_dim
+    lead = (1, layers, 2, heads) if variant.layout == "stacked" else (1, heads)
+    expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        "attention_mask": (torch.int64, (variant.batch_size, identity.num_virtual_tokens))
+    }
+    for name, group, _ in named:
+        expected[name] = group.dtype, (*lead, *tail)
+        if group.is_scaled:
+            expected[f"{name}_scale"] = torch.float32, (*lead, 1, 1)
+    _require(received.tensors, expected)
+    groups = dtype_groups(variant.dtypes)
+    if variant.layout == "stacked" and not groups[0].is_scaled:
         tensor = received.tensors["past_key_values"][0]
     else:
-        dtype = torch.float32 if len(halves) > 1 or halves[0].is_scaled else halves[0].dtype
-        shape = (layers, 2, heads, identity.num_virtual_tokens, identity.head_dim)
-        tensor = _allocated(shape, dtype, allocate)
-        for name, place in _places(variant, tensor):
-            place.copy_(received.tensors[name][0])
-            scales = received.tensors.get(f"{name}_scale")
-            if scales is not None:
-                place.mul_(scales[0])
+        dtype = torch.float32 if len(groups) > 1 or groups[0].is_scaled else groups[0].dtype
+        tensor = _allocated((layers, 2, heads, *tail), dtype, allocate)
+        for name, group, place in named:
+            part = tensor[place].copy_(received.tensors[name][0])
+            if group.is_scaled:
+                part.mul_(received.tensors[f"{name}_scale"][0])
     return PrefixKV(tensor, variant.layers, variant.kv_heads, identity.num_layers, identity.num_kv_heads)
 
 
-def _places(variant: Variant, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yields the names of a file's tensors, and where their values belong in `tensor`, `[L', 2, H', N, D]`."""
-    if variant.layout == "stacked":
-        yield "past_key_values", tensor
-        return
-    for number, layer in enumerate(range(*variant.layers)):
-        for part, name in enumerate(("key", "value")):
-            yield f"past_key_values.{layer}.{name}", tensor[number, part]
+def _named(variant: Variant) -> Iterator[tuple[str, DtypeGroup, tuple[int, ...]]]:
+    """Yields the name of each tensor of keys, values or both, its group, and its place in a tensor `[L', 2, …]`."""
+    for group in dtype_groups(variant.dtypes):
+        if variant.layout == "stacked":
+            yield "past_key_values", group, ()
+            continue
+        for number, layer in enumerate(range(*variant.layers)):
+            for part in group.parts:
+                yield f"past_key_values.{layer}.{('key', 'value')[part]}", group, (number, part)
 
 
 def _allocated(shape: tuple[int, ...], dtype: torch.dtype, allocate: Callable[[int], memoryview] | None) -> Tensor:

@@ -23,7 +23,7 @@ _BLOCK: Final = 1 << 18
 """Values that are scaled at a time: a processor's cache holds them in float32."""
 
 
-class Half(NamedTuple):
+class DtypeGroup(NamedTuple):
     """Keys, values, or both, in one dtype: the names of their buffer and of that of their scales, which float8 alone
     has. `parts` are the places in a layer: 0 of keys, 1 of values.
     """
@@ -50,11 +50,11 @@ class Half(NamedTuple):
         return [(self.name, self.dtype, ""), *([scales] if self.is_scaled else [])]
 
 
-def halves_of(dtypes: DtypePair) -> list[Half]:
-    """Returns keys and values as one if they have one dtype, else each of them."""
+def dtype_groups(dtypes: DtypePair) -> list[DtypeGroup]:
+    """Returns one group of keys and values if they have one dtype, else one of each."""
     if dtypes.single is not None:
-        return [Half("key_value", "key_value_scale", dtypes.single, (0, 1))]
-    return [Half("key", "key_scale", dtypes.key, (0,)), Half("value", "value_scale", dtypes.value, (1,))]
+        return [DtypeGroup("key_value", "key_value_scale", dtypes.single, (0, 1))]
+    return [DtypeGroup("key", "key_scale", dtypes.key, (0,)), DtypeGroup("value", "value_scale", dtypes.value, (1,))]
 
 
 @dataclass(frozen=True)
@@ -92,12 +92,12 @@ def render(kv: PrefixKV, dtypes: DtypePair) -> Rendering:
     """
     with own_stream(kv.tensor.device):
         buffers: dict[BufferName, Tensor] = {}
-        for half in halves_of(dtypes):
-            part = kv.tensor[:, half.parts[0] : half.parts[-1] + 1]  # (L', P, H', N, D)
-            if half.is_scaled:
+        for group in dtype_groups(dtypes):
+            part = kv.tensor[:, group.parts[0] : group.parts[-1] + 1]  # (L', P, H', N, D)
+            if group.is_scaled:
                 part, scales = _scaled(part)
-                buffers[half.scale_name] = to_host(scales)
-            buffers[half.name] = to_host(part.to(half.dtype))
+                buffers[group.scale_name] = to_host(scales)
+            buffers[group.name] = to_host(part.to(group.dtype))
         return Rendering(buffers)
 
 
