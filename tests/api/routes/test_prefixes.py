@@ -95,7 +95,7 @@ DTYPES = ("float32", "float16", "bfloat16", "float8_e4m3fn")
 def test_keys_and_values_in_two_dtypes(client: httpx.Client, case: str, heads: str) -> None:
     """Each half is torch's own cast, as it is alone, for any layers, heads and rows; float8 has its scales."""
     path = PREFIX.replace("llama", case)
-    options = {"layers": "1:3", "kv_heads": heads, "batch_size": 2}
+    options: dict[str, Any] = {"layers": "1:3", "kv_heads": heads, "batch_size": 2}
     exact = tensors_of(client.get(path, params={**options, "dtype": "float32"}))
     alone = {dtype: tensors_of(client.get(path, params={**options, "dtype": dtype})) for dtype in DTYPES}
     for key, value in permutations(DTYPES, 2):

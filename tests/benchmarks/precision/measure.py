@@ -75,7 +75,7 @@ def demo_cases() -> Iterator[Case]:
 
 def corpus_case(name: str) -> Case:
     """Returns an adapter of the corpus on its tiny model, whose weights are random, as are the texts."""
-    model = AutoModelForCausalLM.from_pretrained(CORPUS / "bases" / name.partition("-")[0], dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(CORPUS / "bases" / name.partition("-")[0], dtype=torch.float32)
     draw = torch.Generator().manual_seed(8)
     texts = torch.randint(3, model.config.vocab_size, (4, 1, 24), generator=draw)
     return Case(name, adapters()[name], model.eval().requires_grad_(False), list(texts))

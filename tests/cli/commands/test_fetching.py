@@ -44,7 +44,7 @@ def test_fetch_takes_two_dtypes(run: Run, tmp_path: Path) -> None:
     )
     assert json.loads(done.stdout)["key_dtype"] == "bfloat16", done.stderr
     expected = load_file(CORPUS / "cases/llama-n20-emb/expected.safetensors")
-    with safe_open(tmp_path / "two", "pt") as saved:  # type: ignore[no-untyped-call]
+    with safe_open(tmp_path / "two", "pt") as saved:
         for part, dtype in (("key", torch.bfloat16), ("value", torch.float16)):
             found, exact = saved.get_tensor(f"past_key_values.1.{part}"), expected[f"b1.layers.1.{part}"]
             assert torch.equal(found, exact.to(dtype).float())

@@ -6,13 +6,13 @@ from itertools import product
 import pytest
 import torch
 
-from prefix_service.client import PrefixClient
+from prefix_service.client import Prefix, PrefixClient
 from prefix_service.client.transformers.precision import DTYPES, PAIRS, pair_costs
 from prefix_service.errors import DimensionMismatch
-from prefix_service.prefix.variant import DtypePair
+from prefix_service.prefix.variant import DtypePair, KVDtype
 from tests.architectures import base
 from tests.client.conftest import GPT2, LLAMA
-from tests.conftest import Server
+from tests.conftest import CORPUS, Server
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def test_each_pair_is_compared_with_float32(client: PrefixClient) -> None:
     found = list(pair_costs(prefixes, model, texts))
     assert [(cost.key_dtype, cost.value_dtype) for cost in found] == list(product(DTYPES, repeat=2))
 
-    def probabilities(key_dtype: str, value_dtype: str) -> torch.Tensor:
+    def probabilities(key_dtype: KVDtype, value_dtype: KVDtype) -> torch.Tensor:
         prefix = client.get("precision/llama", key_dtype=key_dtype, value_dtype=value_dtype)
         with torch.inference_mode():
             logits = [model(ids, past_key_values=prefix.to_cache(model)).logits[0] for ids in texts]
@@ -57,10 +57,24 @@ def test_each_pair_is_compared_with_float32(client: PrefixClient) -> None:
     assert len(set(by_pair.values())) == len(PAIRS), "keys and values are told apart"
 
 
+def test_equal_numbers_are_measured_once(client: PrefixClient) -> None:
+    """What was stored in bfloat16 is exact in float32: its pairs with other dtypes share their measures."""
+    client.publish("precision/bf16", CORPUS / "cases" / "llama-n20-emb-stored_bf16-on_fp32" / "adapter")
+    dtypes: tuple[KVDtype, ...] = ("float32", "bfloat16", "float8_e4m3fn")
+    prefixes = {dtype: client.get("precision/bf16", dtype=dtype) for dtype in dtypes}
+    model, calls = base("llama"), []
+    hook = model.register_forward_pre_hook(lambda *_: calls.append(1))
+    pairs = [DtypePair(*pair) for pair in product(dtypes, repeat=2)]
+    found = list(pair_costs(prefixes, model, [torch.tensor([[4, 5, 6]])], pairs))
+    hook.remove()
+    assert len(calls) == 1 + 4, "float32, and each of keys and values exact or in float8"
+    assert [cost.divergence == 0 for cost in found] == [True, True, False] * 2 + [False] * 3
+
+
 def test_a_prefix_of_another_model_is_refused(client: PrefixClient) -> None:
     """The error is that of `to_cache`."""
     client.publish("precision/gpt2", GPT2)
-    prefixes = {"float32": client.get("precision/gpt2")}
+    prefixes: dict[KVDtype, Prefix] = {"float32": client.get("precision/gpt2")}
     costs = pair_costs(prefixes, base("llama"), [torch.ones(1, 2, dtype=torch.int64)], [DtypePair.both("float32")])
     with pytest.raises(DimensionMismatch):
         next(costs)

@@ -51,7 +51,8 @@ class Question:
         if kv_heads is not None and tp is not None:
             raise InvalidRequest(f"tp={tp} says which heads, and kv_heads={kv_heads} too: give one of them")
         rank = None if tp is None else check_rank(tp)
-        key, value = (options.get(name) or options.get("dtype") for name in ("key_dtype", "value_dtype"))
+        dtype = options.get("dtype")
+        key, value = options.get("key_dtype") or dtype, options.get("value_dtype") or dtype
         return cls(tenant, reference, key, value, layers if pp is None else pp, kv_heads, rank)
 
     @property

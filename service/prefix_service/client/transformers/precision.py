@@ -1,6 +1,6 @@
 """Measures what a model's predictions lose if keys and values are sent in fewer bytes, for each pair of dtypes."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, Final, get_args
@@ -50,15 +50,35 @@ def pair_costs(
     """
     exact = [_logits(model, prefixes["float32"], ids) for ids in texts]
     tokens = sum(ids.shape[1] for ids in texts)
+    known: dict[tuple[KVDtype, KVDtype], tuple[float, int]] = {}
     for pair in pairs:
-        prefix = _joined(prefixes[pair.key], prefixes[pair.value])
-        total, changed = 0.0, 0
-        for ids, before in zip(texts, exact, strict=True):
-            for one, other in zip(before.split(_BLOCK), _logits(model, prefix, ids).split(_BLOCK), strict=True):
-                changed += int((one.argmax(-1) != other.argmax(-1)).sum())
-                wanted, found = (logits.double().log_softmax(-1) for logits in (one, other))
-                total += float(kl_div(found, wanted, reduction="sum", log_target=True))
-        yield PairCost(*pair, _nbytes(prefix, pair), total / tokens, changed, tokens)
+        same = _first_equal(prefixes, pair.key, 0), _first_equal(prefixes, pair.value, 1)
+        if same not in known:
+            prefix = _joined(prefixes[pair.key], prefixes[pair.value])
+            known[same] = _difference(exact, (_logits(model, prefix, ids) for ids in texts))
+        divergence, changed = known[same]
+        yield PairCost(*pair, _nbytes(prefixes["float32"], pair), divergence / tokens, changed, tokens)
+
+
+def _first_equal(prefixes: Mapping[KVDtype, Prefix], dtype: KVDtype, part: int) -> KVDtype:
+    """Returns the first dtype in which keys (part 0) or values (1) have the same numbers: what was stored in bfloat16
+    is exact in float32 too, and need not be measured twice.
+    """
+    own = prefixes[dtype].kv.tensor[:, part].float()
+    return next(name for name, one in prefixes.items() if torch.equal(one.kv.tensor[:, part].float(), own))
+
+
+def _difference(exact: Iterable[Tensor], found: Iterable[Tensor]) -> tuple[float, int]:
+    """Returns the sum of divergences, and the tokens behind which another one is the most probable, of logits `[S,
+    vocabulary]` for each text.
+    """
+    total, changed = 0.0, 0
+    for before, after in zip(exact, found, strict=True):
+        for one, other in zip(torch.split(before, _BLOCK), torch.split(after, _BLOCK), strict=True):
+            changed += int((one.argmax(-1) != other.argmax(-1)).sum())
+            wanted, sent = (logits.double().log_softmax(-1) for logits in (one, other))
+            total += float(kl_div(sent, wanted, reduction="sum", log_target=True))
+    return total, changed
 
 
 def _joined(keys: Prefix, values: Prefix) -> Prefix:

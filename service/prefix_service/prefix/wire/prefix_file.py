@@ -50,7 +50,7 @@ class TensorSpec:
 
 
 class Slot(NamedTuple):
-    """One tensor of a file. `source` has one row of it, behind `index` others of its size; the row is sent `times`
+    """One tensor of a file. `source` has one row of it, behind `place` others of its size; the row is sent `times`
     times."""
 
     name: str
@@ -58,7 +58,7 @@ class Slot(NamedTuple):
     shape: tuple[int, ...]
     nbytes: int
     source: SlotSource
-    index: int = 0
+    place: int = 0
     times: int = 1
 
 
@@ -139,9 +139,9 @@ class PrefixFile:
             shape = (rows, variant.kv_heads[1] - variant.kv_heads[0], *tail)
             nbytes = prod(shape) * dtype.itemsize
             places = product(range(*variant.layers), group.parts)
-            for index, (layer, part) in enumerate(places):  # as the buffer has them: (L', P, …)
+            for place, (layer, part) in enumerate(places):  # as the buffer has them: (L', P, …)
                 name = f"past_key_values.{layer}.{('key', 'value')[part]}{suffix}"
-                slots.append(Slot(name, dtype, shape, nbytes, source, index, rows))
+                slots.append(Slot(name, dtype, shape, nbytes, source, place, rows))
         return slots
 
     def _stacked_slots(self) -> list[Slot]:
@@ -232,7 +232,7 @@ class PrefixFile:
 
     def _run_of(self, slot: Slot, source: BufferName) -> _ByteRun:
         row = slot.nbytes // slot.times
-        start = row * slot.index
+        start = row * slot.place
         return source, start, start + row, slot.times
 
     def mapped(self, rendering: Rendering, body: memoryview) -> Mapping[BufferName, Tensor]:
