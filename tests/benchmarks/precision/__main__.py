@@ -10,7 +10,7 @@ from rich.console import Console
 
 from prefix_service.client import PrefixClient
 from prefix_service.client.prefixes.float8_error import ErrorFigures
-from prefix_service.client.transformers.precision import PairCost
+from prefix_service.client.prefixes.precision import PairCost
 from tests.benchmarks.precision.measure import Rounded, adapters, demo_cases, predictions, publish, rounded
 from tests.benchmarks.tables import Grid
 from tests.conftest import running_server

@@ -14,7 +14,7 @@ import prefix_service.cli.demo
 from prefix_service.cli.demo.model import find_model, load_model
 from prefix_service.client import PrefixClient
 from prefix_service.client.prefixes.float8_error import ErrorFigures
-from prefix_service.client.transformers.precision import DTYPES, PairCost, pair_costs
+from prefix_service.client.prefixes.precision import DTYPES, PairCost, pair_costs
 from prefix_service.prefix.variant import KVDtype
 from tests.conftest import CORPUS
 

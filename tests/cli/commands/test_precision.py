@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from prefix_service.cli.commands.precision import plot
-from prefix_service.client.transformers.precision import PairCost
+from prefix_service.client.prefixes.precision import PairCost
 from tests.cli.conftest import Run
 from tests.conftest import CORPUS
 

@@ -15,7 +15,7 @@ from prefix_service.system.sizes import human_bytes
 
 if TYPE_CHECKING:
     from prefix_service.client import PrefixClient
-    from prefix_service.client.transformers.precision import PairCost
+    from prefix_service.client.prefixes.precision import PairCost
 
 _BAR: Final = 32  # columns
 _LEAST: Final = 1e-9  # nats of the shortest bar: what lies below is the rounding of float32
@@ -69,8 +69,8 @@ def _ids(tokenizer: Any, text: Path, most: int) -> Any:
 
 def _measured(client: "PrefixClient", reference: str, model: Any, ids: Any) -> "tuple[str, list[PairCost]]":
     """Returns the name of the version, and what each pair of dtypes costs."""
+    from prefix_service.client.prefixes.precision import DTYPES, pair_costs
     from prefix_service.client.transformers.compiling import require_positions
-    from prefix_service.client.transformers.precision import DTYPES, pair_costs
 
     exact = client.get(reference, dtype="float32")
     require_positions(model.config, exact.num_virtual_tokens + ids.shape[1])

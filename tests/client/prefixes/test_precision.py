@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from prefix_service.client import Prefix, PrefixClient
-from prefix_service.client.transformers.precision import DTYPES, PAIRS, pair_costs
+from prefix_service.client.prefixes.precision import DTYPES, PAIRS, pair_costs
 from prefix_service.errors import DimensionMismatch
 from prefix_service.prefix.variant import DtypePair, KVDtype
 from tests.architectures import base
