@@ -268,8 +268,7 @@ def test_a_wrong_body_in_the_cache_on_disk_is_removed_and_fetched_again(
         tag = http.get(f"/v1/tenants/swap/adapters/{reference.partition('/')[2]}/{query}").headers["etag"]
     writer = connect(server.url, cache_dir=tmp_path)
     disk: DiskCache = getattr(writer, "_client", writer)._reading.disk
-    selector = reference.partition("@")[2] or "latest"
-    disk.store(("swap", "a", selector, None, None, None, None), Entry(bytearray(wrong), tag))
+    disk.store(Question.of(reference, {}).key, Entry(bytearray(wrong), tag))
     (before,) = [path.read_bytes() for path in tmp_path.iterdir()]
     with PrefixClient(server.url, server.admin_key) as direct, caplog.at_level(logging.WARNING):
         assert is_same(connect(server.url, cache_dir=tmp_path).get(reference), direct.get(reference))
