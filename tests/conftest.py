@@ -226,14 +226,16 @@ def publish(admin: httpx.Client) -> Publish:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fleet", action="store_true", help="run fleets in the place of each service that tests start")
+    help_ = "the same, and each PrefixClient of HAProxy's address knows the replicas' addresses instead"
+    parser.addoption("--fleet-addresses", action="store_true", help=help_)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("fleet"):
+    if config.getoption("fleet") or config.getoption("fleet_addresses"):
         from tests.fleet.suite import FleetSuite
 
         global _in_place_of_one
-        suite = FleetSuite()
+        suite = FleetSuite(by_addresses=config.getoption("fleet_addresses"))
         _in_place_of_one = suite.serving
         config.pluginmanager.register(suite)
 

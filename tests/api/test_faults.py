@@ -41,6 +41,8 @@ from tests.commands import PREFIX_SERVICE
 from tests.conftest import Server, running_server
 from tests.mounts import fill, read_only, small_disk
 
+pytestmark = pytest.mark.one_process("it harms a data folder; tests/chaos/fleet does as much to a fleet")
+
 PROMPTLY = 10.0  # seconds: the bound of 2, and the time of a busy machine
 MLP = "gpt2-n20-proj-trainstate"
 

@@ -32,6 +32,7 @@ def is_resident(client: httpx.Client, tenant: str, adapter: str) -> bool:
     return found
 
 
+@pytest.mark.one_process("what is in memory is each replica's own")
 def test_hardening_57_a_tenant_that_thrashes(small: Server) -> None:
     """A tenant that reads fifty adapters in turn, many in parallel, evicts nothing that is guaranteed to another
     tenant, read or pinned."""

@@ -162,6 +162,7 @@ def test_hardening_40_the_end_of_a_version_during_a_transfer(
         assert transfer.rest().endswith(row * 32)
 
 
+@pytest.mark.one_process("what is in memory is each replica's own")
 def test_hardening_41_a_waiter_that_goes_away(small: Server) -> None:
     """A caller that hangs up, also the first one, does not end the load for the others."""
     unload(small, 2)
@@ -235,6 +236,7 @@ def test_hardening_44_loads_over_the_budget_at_once(small: Server) -> None:
     assert all(used <= budget for used, budget in seen)
 
 
+@pytest.mark.one_process("what is in memory is each replica's own")
 def test_evictions_are_listed_with_their_reasons(small: Server) -> None:
     """Residency lists the latest evictions, the newest first, at most `limit`."""
     end_by_eviction(small)

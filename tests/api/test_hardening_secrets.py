@@ -177,6 +177,7 @@ def _series(client: httpx.Client) -> set[tuple[str, ...]]:
     }
 
 
+@pytest.mark.one_process("each replica has its own metrics")
 def test_hardening_37_metric_labels_are_bounded(server: Server) -> None:
     """Odd methods and hundreds of invented tenants, adapters, paths and parameters make no series."""
     client = server.client()

@@ -74,6 +74,7 @@ def test_chunks_are_counted_while_they_arrive(server: Server, tenant: str) -> No
     assert b'"quota-exceeded"' in answer.body
 
 
+@pytest.mark.one_process("uploads under way count in their own process; the catalog checks the total at the end")
 def test_uploads_in_parallel_do_not_exceed_a_quota_together(server: Server, tenant: str) -> None:
     """An upload under way counts as used until it ends, so parallel ones do not exceed the quota together."""
     admin = server.client()

@@ -22,7 +22,10 @@ console = Console()
 def main(
     only: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(ATTACKS)}; repeatable.")] = None,
     seconds: Annotated[float, typer.Option(min=1, help="Of each attack, and of the neighbour alone before it.")] = 5,
-    rounds: Annotated[int, typer.Option(min=1, help="Of each attack; times are judged by their median.")] = 3,
+    rounds: Annotated[
+        int,
+        typer.Option(min=1, help="Of each attack, and as many again if its times do not hold. Their median counts."),
+    ] = 3,
     parser: Annotated[str, typer.Option(help="httptools or h11.")] = "httptools",
 ) -> None:
     """Attack, and show what the service, its neighbour and the attacker saw."""

@@ -36,6 +36,8 @@ class OddServer:
     refusal: Callable[[str, str], tuple[int, str] | None] = lambda _method, _path: None
     asked: list[str] = field(default_factory=list)
     """The requests so far, as `METHOD /path`."""
+    fields: list[dict[str, str]] = field(default_factory=list)
+    """The header fields of each."""
 
     def refuses(self, method: str, status: int, code: str = "", times: int = 1_000_000) -> None:
         """Answers the next so many requests of a method by an S3 error."""
@@ -58,6 +60,7 @@ def odd_server(target: str) -> Iterator[OddServer]:
         def _pass_on(self) -> None:
             sent = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             odd.asked.append(f"{self.command} {self.path}")
+            odd.fields.append(dict(self.headers))
             refused = odd.refusal(self.command, self.path)
             if refused is not None:
                 status, code = refused

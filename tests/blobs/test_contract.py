@@ -204,16 +204,16 @@ def flipped(data: bytes) -> bytes:
 def test_bit_rot_is_found(
     place: Place, read: Callable[[BlobStore, str], bytes], damage: Callable[[bytes], bytes]
 ) -> None:
-    """The store quarantines damaged bytes and never returns them; committing the content again heals the blob."""
+    """The store keeps damaged bytes for an operator and never returns them; committing the content again heals the
+    blob."""
     store = place.store
     digest = staged(store).commit()
     place.overwrite(digest, damage(DATA))
     with pytest.raises(CorruptBlob, match="no longer match their digest") as caught:
         read(store, digest)
     assert caught.value.retry_after == 60
-    assert place.quarantined(digest) == damage(DATA)
-    with pytest.raises(NotFound):
+    with pytest.raises((NotFound, CorruptBlob)):  # a folder moves the file, a bucket keeps the object in its place
         read(store, digest)
-    assert list(store.listed()) == []
     staged(store).commit()
     assert read(store, digest) == DATA
+    assert place.quarantined(digest) == damage(DATA)

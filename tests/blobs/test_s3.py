@@ -182,8 +182,8 @@ def test_a_bit_that_flips_on_the_way_is_no_damage(
     assert place.names() == {path_of(digest)}
 
 
-def test_damage_that_cannot_be_put_aside_is_not_served(store: S3BlobStore, place: BucketPlace, odd: OddServer) -> None:
-    """A server that cannot copy keeps the damaged object in its place; it is never served, and a commit heals it."""
+def test_damage_that_cannot_be_copied_is_not_served(store: S3BlobStore, place: BucketPlace, odd: OddServer) -> None:
+    """A server that cannot copy has the damaged object alone; it is never served, and a commit heals it."""
     digest = staged(store).commit()
     place.overwrite(digest, flipped(DATA))
     store._drop(digest)
@@ -195,6 +195,33 @@ def test_damage_that_cannot_be_put_aside_is_not_served(store: S3BlobStore, place
     odd.refuses("PUT", 501, times=0)
     staged(store).commit()
     assert store.read(digest) == DATA
+
+
+@pytest.mark.parametrize("at", range(5))
+def test_a_commit_elsewhere_outlives_damage(
+    store: S3BlobStore, place: BucketPlace, odd: OddServer, tmp_path: Path, at: int
+) -> None:
+    """Another machine commits the content while this one finds it damaged. Before whichever request of this one that
+    happens, or after all, the commit stays."""
+    elsewhere = place.another(tmp_path / "elsewhere")
+    digest = staged(store).commit()
+    place.overwrite(digest, flipped(DATA))
+    store._drop(digest)
+    odd.asked.clear()
+
+    def commit_meanwhile(_method: str, _path: str) -> None:
+        if len(odd.asked) == at + 1:
+            staged(elsewhere).commit()
+
+    odd.refusal = commit_meanwhile
+    try:
+        assert store.read(digest) == DATA
+    except CorruptBlob:
+        if len(odd.asked) <= at:
+            staged(elsewhere).commit()
+    odd.refusal = lambda _method, _path: None
+    for each in (store, place.another(tmp_path / "third")):
+        assert each.read(digest) == DATA
 
 
 @pytest.mark.parametrize(
@@ -232,6 +259,33 @@ def test_refusals_say_what_to_do(
         shown = f"{caught.value} {caught.value.__cause__} {caught.value.__context__} {caplog.text}"
         assert KEYS["AWS_ACCESS_KEY_ID"] not in shown
         assert KEYS["AWS_SECRET_ACCESS_KEY"] not in shown
+
+
+@pytest.mark.parametrize("status", [301, 307])
+def test_a_redirect_is_given_no_key(
+    place: BucketPlace, odd: OddServer, tmp_path: Path, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that redirects elsewhere leads to no request with a key's id or a signature there, and a blob is not
+    stored there. obstore cannot be told to refuse redirects."""
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "the-token")
+    store = place.another(tmp_path / "other", odd.url)
+    blob = staged(store)
+    with odd_server(place.endpoint) as elsewhere:
+
+        def redirect(answer: Answer) -> None:
+            answer.status, answer.headers["Location"] = status, f"{elsewhere.url}{answer.path}"
+
+        odd.oddity = redirect
+        with pytest.raises(PrefixServiceError):
+            store.read(blob.digest)
+        with pytest.raises(PrefixServiceError):
+            blob.commit()
+    blob.discard()
+    assert any("Credential=" in fields.get("authorization", "") for fields in odd.fields)
+    shown = str(elsewhere.fields).lower()
+    assert "authorization" not in shown
+    assert KEYS["AWS_ACCESS_KEY_ID"].lower() not in shown
+    assert not any(asked.startswith("PUT") for asked in elsewhere.asked)
 
 
 def test_a_missing_bucket_is_no_missing_blob(store: S3BlobStore, odd: OddServer) -> None:
@@ -342,6 +396,7 @@ def test_a_failed_copy_leaves_no_file(place: BucketPlace, tmp_path: Path) -> Non
         with pytest.raises(error):
             place.store.copy(digest, tmp_path / "copy")
         assert not (tmp_path / "copy").exists()
+        place.store.remove([digest], older_than=-3600)
 
 
 def test_a_store_has_an_identity(place: BucketPlace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,10 +168,12 @@ def test_no_service_takes_an_unfinished_copy(both: tuple[Database, Database], co
 
 
 def test_a_nul_is_replaced(both: tuple[Database, Database], secret: Path) -> None:
-    """PostgreSQL cannot hold it, and the name of a key may have it in SQLite."""
+    """PostgreSQL cannot hold it, and older releases let it into the names of keys in SQLite."""
     source, target = both
     if source._apart is None:
-        Keyring(source, secret).create(None, "admin", "a\0b", COMMAND_LINE)
+        Keyring(source, secret).create(None, "admin", "a_b", COMMAND_LINE)
+        with source.writing() as connection:
+            connection.execute(sa.text("UPDATE keys SET name = replace(name, '_', char(0))"))
         copied(both)
         with target.reading() as connection:
             assert connection.scalar(sa.select(metadata.tables["keys"].c.name)) == "a\ufffdb"

@@ -95,6 +95,15 @@ def test_metrics_are_the_platforms(keyring: Keyring) -> None:
     assert keyring.listed("acme") == []
 
 
+@pytest.mark.parametrize("control", ["\0", "\n", "\x1b", "\x7f", "\x9b"])
+def test_a_name_is_one_line_of_text(keyring: Keyring, control: str) -> None:
+    """A control character in a key's name is refused, on either database; other characters are kept."""
+    with pytest.raises(InvalidRequest, match=f"character 3 is U\\+00{ord(control):02X}: leave it out"):
+        keyring.create("acme", "read", f"the{control}name", BY)
+    assert keyring.listed("acme") == []
+    assert keyring.create("acme", "read", "schlüssel 🔑", BY)[0].name == "schlüssel 🔑"
+
+
 ZONES = [UTC, timezone(timedelta(hours=9)), timezone(timedelta(hours=-9)), None]
 
 

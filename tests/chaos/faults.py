@@ -18,10 +18,11 @@ from prefix_service.blobs.folder import FolderBlobStore
 from prefix_service.catalog.catalog import Catalog
 from prefix_service.data_folder.opening import blob_folder, catalog_file
 from prefix_service.prefix.references import parse_reference
-from tests.chaos.service import Service, read_only
+from tests.chaos.service import Service
 from tests.chaos.truth import SHAPE, Adapter, Content
 from tests.chaos.work import Callers, Work
 from tests.crash.folder import serving
+from tests.mounts import laid_read_only
 
 _SPARED: Final = 3  # versions whose blobs a fault takes
 
@@ -94,7 +95,7 @@ def _full_disk(work: Work) -> Iterator[None]:
 
 @contextmanager
 def _read_only_folder(work: Work) -> Iterator[None]:
-    with read_only(work.service.data_dir):
+    with laid_read_only(work.service.data_dir):
         yield
 
 

@@ -14,6 +14,7 @@ import httpx
 
 from tests.commands import PREFIX_SERVICE
 from tests.conftest import free_port
+from tests.mounts import refusal, unmount
 from tests.processes import eventually, lines_of, workers_of
 
 _ENVIRONMENT = {
@@ -118,30 +119,12 @@ class Service:
 def own_file_system(place: Path, megabytes: int = 64) -> Iterator[str | None]:
     """Mounts a small file system on `place` until the block ends; yields why it could not, or None."""
     place.mkdir()
-    mounted = _run("mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "chaos", str(place))
+    refused = refusal("-t", "tmpfs", "-o", f"size={megabytes}m", "chaos", str(place))
     try:
-        yield mounted
+        yield refused
     finally:
-        if mounted is None:
-            _run("umount", "--lazy", str(place))
-
-
-@contextlib.contextmanager
-def read_only(folder: Path) -> Iterator[None]:
-    """Makes a folder read-only by a second mount until the block ends, even for files that are open."""
-    for arguments in (("--bind", str(folder), str(folder)), ("-o", "remount,bind,ro", str(folder))):
-        if (refused := _run("mount", *arguments)) is not None:
-            raise OSError(f"cannot make {folder} read-only: {refused}")
-    try:
-        yield
-    finally:
-        _run("umount", "--lazy", str(folder))
-
-
-def _run(*command: str) -> str | None:
-    """Runs a command, and returns its error output if it failed."""
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    return None if done.returncode == 0 else (done.stderr.strip() or f"exit status {done.returncode}")
+        if refused is None:
+            unmount(place)
 
 
 def code_of(answer: httpx.Response) -> str:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.architectures import base
+from tests.client.transformers.test_texts import CHATML, tokenizer
 from tests.commands import Finished, run_command, run_process
 from tests.conftest import Server
 
@@ -55,6 +57,18 @@ def _read(terminal: int) -> bytes:
 
 
 _STYLES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns the folder of a tiny language model with a tokenizer and a chat template."""
+    import transformers
+
+    folder = tmp_path_factory.mktemp("model")
+    config = base("llama").config.to_dict() | {"vocab_size": len(tokenizer()), "max_position_embeddings": 96}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).save_pretrained(folder)
+    tokenizer(CHATML).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

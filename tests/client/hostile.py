@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from prefix_service.prefix.variant import Identity, Variant
+from prefix_service.prefix.variant import DtypePair, Identity, Variant
 from prefix_service.prefix.wire.digests import digest_of, format_digest
 from prefix_service.prefix.wire.masks import AttentionMask
 from prefix_service.prefix.wire.prefix_file import PrefixFile
@@ -23,10 +23,10 @@ Script = Callable[[socket.socket], None]
 def prefix_body(tokens: int = 20, layers: int = 3) -> bytes:
     """Returns a prefix as the service sends it to this client: `[1, layers, 2, 2, tokens, 8]` float32, counting up."""
     identity = Identity("a", "b", 1, "sha256:" + "0" * 64, "PREFIX_TUNING", "base", tokens, layers, 2, 8)
-    variant = Variant("float32", 1, (0, layers), (0, 2), "stacked", expand=False)
+    variant = Variant(DtypePair.both("float32"), 1, (0, layers), (0, 2), "stacked", expand=False)
     values = torch.arange(layers * 2 * 2 * tokens * 8, dtype=torch.float32).view(layers, 2, 2, tokens, 8)
     mask = AttentionMask(1, tokens, torch.int64)
-    return b"".join(PrefixFile(identity, variant, {"attention_mask": mask}).chunks(Rendering(values, None)))
+    return b"".join(PrefixFile(identity, variant, {"attention_mask": mask}).chunks(Rendering({"key_value": values})))
 
 
 BODY = prefix_body()

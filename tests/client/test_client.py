@@ -232,6 +232,18 @@ def test_ranges_and_dtypes(client: Any) -> None:
     assert (float8 - whole).abs().max() <= whole.abs().max() / 16
 
 
+@pytest.mark.parametrize("value_dtype", [None, "float32", "float16", "float8_e4m3fn"])
+def test_keys_and_values_in_two_dtypes(client: Any, value_dtype: str | None) -> None:
+    """Each half has the bits that it has alone, in float32 if the dtypes differ."""
+    published(client, "clients/forms")
+    found = client.get("clients/forms", layers=(1, 3), key_dtype="bfloat16", value_dtype=value_dtype)
+    for part, dtype in enumerate(("bfloat16", value_dtype)):
+        alone = client.get("clients/forms", layers=(1, 3), dtype=dtype).kv.tensor
+        assert torch.equal(found.kv.tensor[:, part], alone[:, part].float())
+    assert (found.metadata["key_dtype"], found.metadata["value_dtype"]) == ("bfloat16", value_dtype or "float32")
+    assert found.metadata["dtype"] is None
+
+
 def test_the_error_of_float8_is_told_beside_its_bytes(client: Any) -> None:
     """The figures are those of the two renderings, and no value is off by more than half a step of the format."""
     published(client, "clients/float8")

@@ -94,6 +94,7 @@ def test_a_version_or_the_whole_adapter_is_deleted(client: Any, adapter: str) ->
         client.delete(adapter)
 
 
+@pytest.mark.one_process("what is in memory is each replica's own")
 def test_a_version_is_loaded_pinned_and_unloaded(client: Any, adapter: str) -> None:
     """The overview shows a pinned version and why it is there, until it is unloaded."""
     state = client.load(f"{adapter}@1", pinned=True)

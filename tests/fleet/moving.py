@@ -7,14 +7,14 @@ folder is served read-only, and every row, every blob and a sample of answers ar
 import hashlib
 import itertools
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
@@ -168,14 +168,17 @@ def _change(client: httpx.Client, number: int, seed: int) -> None:
 
 def killed(ground: Ground, what: str) -> None:
     """Kills a run with SIGKILL when it has copied a third of its blobs, or of its rows."""
-    command = [sys.executable, "-m", "tests.fleet.moving", "--killed-among", what]
-    arguments = [str(option) for option in ground.options]
-    environment = {**os.environ, **ground.seaweedfs.environment}
-    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    own = (ground.data_dir, ground.catalog_url, ground.blobs_url)
+    context = multiprocessing.get_context("forkserver")  # a process that has imported everything already
+    process = context.Process(target=_move_and_die, args=(ground.seaweedfs.environment, what, *own))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
 
 
-def _move_and_die(what: str, data_dir: Path, to_catalog: str, to_blobs: str) -> None:
+def _move_and_die(environment: Mapping[str, str], what: str, data_dir: Path, to_catalog: str, to_blobs: str) -> None:
+    os.environ.update(environment)
+
     def progress(now: str, at: int, total: int) -> None:
         if now == what and at >= total / 3:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -283,17 +286,10 @@ def main(
     count: Annotated[
         int, typer.Option("--adapters", min=1, help="Adapters in the folder, beside those of the traffic.")
     ] = 10_000,
-    killed_among: Annotated[str | None, typer.Option(hidden=True)] = None,
-    data_dir: Annotated[Path | None, typer.Option(hidden=True)] = None,
-    to_catalog: Annotated[str, typer.Option(hidden=True)] = "",
-    to_blobs: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
     """Moves a data folder in use to PostgreSQL and S3, killed twice on its way, and back. Exits with status 1 if
     anything differs in the end.
     """
-    if killed_among is not None and data_dir is not None:
-        _move_and_die(killed_among, data_dir, to_catalog, to_blobs)
-        return
     bin_ = binaries()
     if bin_ is None:
         sys.exit("PostgreSQL is not installed")

@@ -111,12 +111,15 @@ def running_fleet(
     *options: str,
     environment: Mapping[str, str] | None = None,
     port: int | None = None,
+    ports: Sequence[int] | None = None,
     program: Sequence[str] = PREFIX_SERVICE,
 ) -> Iterator[Fleet]:
-    """Runs three replicas that start together, and HAProxy on `port`, until the block ends. They share `engines`, and
-    may be run on them and on `folder` again."""
+    """Runs three replicas that start together, on `ports`, and HAProxy on `port`, until the block ends. They share
+    `engines`, and may be run on them and on `folder` again."""
     folder.mkdir(parents=True, exist_ok=True)
     fleet = Fleet(folder, engines.environment(folder / "key.secret") | dict(environment or {}), options)
+    if ports is not None:
+        fleet.ports = list(ports)
     with contextlib.ExitStack() as stack:
         stack.callback(fleet.stop_all)
         with ThreadPoolExecutor(len(NAMES)) as pool:

@@ -3,21 +3,26 @@
 Every service that a test starts is then three replicas behind HAProxy. What tests ask of one process (its data folder,
 its log, its memory) a fleet does not have: such a test skips, and says what it asked for. So does a test that is marked
 with `one_process`.
+
+With `pytest tests/client --fleet-addresses` each client that is given HAProxy's address gets those of the replicas, and
+spreads its requests itself.
 """
 
 import contextlib
+import functools
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn
 
 import httpx
 import pytest
 
+from prefix_service.client.client import _Client
 from tests.commands import run_command
 from tests.conftest import NO_TLS, Server, free_port
-from tests.fleet.starting import Engines, Fleet, running_fleet
+from tests.fleet.starting import NAMES, Engines, Fleet, running_fleet
 from tests.missing import not_tested
 from tests.postgresql import PostgreSQL, binaries
 from tests.seaweedfs import SeaweedFS
@@ -83,14 +88,30 @@ class FleetServer(Server):
 
 
 class FleetSuite:
-    """Starts the fleets of a test session, and counts which tests ran on one."""
+    """Starts the fleets of a test session, and counts which tests ran on one. With `by_addresses` clients know their
+    replicas."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, by_addresses: bool) -> None:
         self._postgresql: PostgreSQL | None = None
         self._seaweedfs: SeaweedFS | None = None
         self._engines: dict[Path, Engines] = {}
         self._is_used = False
         self._counts: Counter[str] = Counter()
+        self._ports: dict[Path, list[int]] = {}  # of the replicas on a folder
+        self._addresses: dict[str, list[str]] = {}  # of the replicas, by that of HAProxy
+        if by_addresses:
+            self._lead_clients()
+
+    def _lead_clients(self) -> None:
+        make = _Client.__init__
+
+        @functools.wraps(make)
+        def make_led(client: _Client, base_url: Any = None, *arguments: Any, **options: Any) -> None:
+            if isinstance(base_url, str) and options.get("http") is None:  # a foreign transport has one address
+                base_url = self._addresses.get(base_url, base_url)
+            make(client, base_url, *arguments, **options)
+
+        _Client.__init__ = make_led  # type: ignore[assignment,method-assign]
 
     @contextlib.contextmanager
     def serving(
@@ -110,11 +131,13 @@ class FleetSuite:
             port = int(left[at + 1])
             del left[at : at + 2]
         if data_dir not in self._engines:
-            self._engines[data_dir] = Engines.new(*self._servers())
+            self._engines[data_dir], self._ports[data_dir] = Engines.new(*self._servers()), [free_port() for _ in NAMES]
+        engines, ports = self._engines[data_dir], self._ports[data_dir]
         with running_fleet(
-            self._engines[data_dir], data_dir, *left, environment=environment, port=port, program=program
+            engines, data_dir, *left, environment=environment, port=port, ports=ports, program=program
         ) as fleet:
             server = FleetServer(fleet, self)
+            self._addresses[fleet.url] = [each.url for each in fleet.servers.values()]
             try:
                 yield server
             finally:

@@ -12,14 +12,14 @@ import torch
 from prefix_service.errors import InvalidInput
 from prefix_service.library.shared_files import SharedFiles, sweep
 from prefix_service.prefix.kv import PrefixKV
-from prefix_service.prefix.variant import Identity, Variant
+from prefix_service.prefix.variant import DtypePair, Identity, Variant
 from prefix_service.prefix.wire.prefix_file import PrefixFile
 from prefix_service.prefix.wire.received import read_kv, read_prefix_file
 from prefix_service.prefix.wire.rendering import Rendering, render
 
 IDENTITY = Identity("acme", "a", 1, "sha256:" + "0" * 64, "PREFIX_TUNING", None, 5, 3, 2, 8)
 KV = PrefixKV.whole(torch.randn(3, 2, 2, 5, 8, generator=torch.Generator().manual_seed(0)))
-FILE = PrefixFile(IDENTITY, Variant("float32", 4, (0, 3), (0, 2), "layers", expand=True), {})
+FILE = PrefixFile(IDENTITY, Variant(DtypePair.both("float32"), 4, (0, 3), (0, 2), "layers", expand=True), {})
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def shared(tmp_path: Path) -> Iterator[SharedFiles]:
 
 def placed(shared: SharedFiles) -> tuple[Rendering, Path]:
     """A rendering that lies in a file."""
-    rendering = shared.share(FILE, render(KV, "float32"))
+    rendering = shared.share(FILE, render(KV, DtypePair.both("float32")))
     assert rendering.file is not None
     return rendering, Path(rendering.file)
 
@@ -40,27 +40,25 @@ def test_a_rendering_lies_in_its_file(shared: SharedFiles) -> None:
     """Its tensors are those that were rendered; the file is whole, and read as an answer is. Every file is made of
     it as before."""
     rendering, file = placed(shared)
-    assert torch.equal(rendering.values, KV.tensor)
+    assert torch.equal(rendering.buffers["key_value"], KV.tensor)
     assert torch.equal(read_kv(read_prefix_file(bytearray(file.read_bytes()))).tensor, KV.tensor)
-    assert b"".join(FILE.chunks(rendering)) == b"".join(FILE.chunks(render(KV, "float32")))
+    assert b"".join(FILE.chunks(rendering)) == b"".join(FILE.chunks(render(KV, DtypePair.both("float32"))))
 
 
 def test_float8_with_its_scales(shared: SharedFiles) -> None:
     """Both lie there."""
-    file = PrefixFile(IDENTITY, Variant("float8_e4m3fn", 1, (0, 3), (0, 2), "layers", expand=True), {})
-    private = render(KV, "float8_e4m3fn")
+    file = PrefixFile(IDENTITY, Variant(DtypePair.both("float8_e4m3fn"), 1, (0, 3), (0, 2), "layers", expand=True), {})
+    private = render(KV, DtypePair.both("float8_e4m3fn"))
     rendering = shared.share(file, private)
-    assert rendering.scales is not None
-    assert private.scales is not None
-    assert torch.equal(rendering.scales, private.scales)
-    assert torch.equal(rendering.values.view(torch.uint8), private.values.view(torch.uint8))
+    assert torch.equal(rendering.buffers["key_value_scale"], private.buffers["key_value_scale"])
+    assert torch.equal(rendering.buffers["key_value"].view(torch.uint8), private.buffers["key_value"].view(torch.uint8))
 
 
 def test_what_the_process_writes_stays_its_own(shared: SharedFiles) -> None:
     """A mistake in the service does not change what workers have mapped."""
     rendering, file = placed(shared)
     before = file.read_bytes()
-    rendering.values.zero_()
+    rendering.buffers["key_value"].zero_()
     assert file.read_bytes() == before
 
 
@@ -68,7 +66,7 @@ def test_a_file_goes_with_its_last_reader(shared: SharedFiles) -> None:
     """Not before; what is beyond the number of files a process may have stays in private memory until then."""
     rendering, file = placed(shared)
     reader, (kept, _) = rendering, placed(shared)
-    assert shared.share(FILE, render(KV, "float32")).file is None
+    assert shared.share(FILE, render(KV, DtypePair.both("float32"))).file is None
     del rendering
     assert file.exists()
     del reader
@@ -83,7 +81,7 @@ def test_an_end_leaves_the_mappings(tmp_path: Path) -> None:
     rendering, file = placed(shared)
     shared.close()
     assert not file.parent.exists()
-    assert torch.equal(rendering.values, KV.tensor)
+    assert torch.equal(rendering.buffers["key_value"], KV.tensor)
 
 
 def test_processes_that_start_at_once_do_not_sweep_each_other(tmp_path: Path) -> None:
@@ -100,7 +98,7 @@ def test_processes_that_start_at_once_do_not_sweep_each_other(tmp_path: Path) ->
         thread.start()
     for _ in range(300):
         with contextlib.closing(SharedFiles(tmp_path)) as shared:
-            made.append(shared.share(FILE, render(KV, "float32")).file is not None)
+            made.append(shared.share(FILE, render(KV, DtypePair.both("float32"))).file is not None)
     ended.set()
     for thread in sweepers:
         thread.join()

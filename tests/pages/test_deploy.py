@@ -3,8 +3,12 @@
 import configparser
 import re
 import shutil
+import socket
 import subprocess
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,11 +22,13 @@ from prefix_service.settings import NOT_SETTINGS, Settings, variable
 from prefix_service.system.sizes import parse_bytes
 from tests.benchmarks.speed.peers import started
 from tests.client.forwarder import Forwarder, forwarders
+from tests.client.hostile import answer, hostile_server, read_request
 from tests.conftest import Server, free_port
 from tests.fleet.starting import haproxy_file, haproxy_program
 from tests.missing import not_tested
 from tests.pages.markdown import PACKAGE
 from tests.pages.story import Story, network
+from tests.processes import eventually
 
 FOLDER: Final = PACKAGE / "deploy"
 SETTINGS: Final = {variable(name) for name in Settings.model_fields}
@@ -123,6 +129,57 @@ def test_all_of_an_adapter_goes_to_one_replica(proxy: str, server: Server, reque
         for name in names:
             assert client.get(name).version == 1
             client.put_alias(name, "prod", 1)
+
+
+class Replica:
+    """A replica that answers checks with `status`, or not at all, and sends one byte of an answer before it waits until
+    it may go on."""
+
+    def __init__(self) -> None:
+        self.status: str | None = "200 OK"
+        self.has_begun, self.goes_on = threading.Event(), threading.Event()
+
+    def serve(self, connection: socket.socket) -> None:
+        """Serves one connection."""
+        while request := read_request(connection):
+            if b" /readyz " not in request:
+                self.has_begun.set()
+                connection.sendall(answer(b"whole")[:-4])
+                self.goes_on.wait(60)
+                connection.sendall(b"hole")
+            elif self.status is None:
+                self.goes_on.wait(60)
+            else:
+                connection.sendall(answer(b"", status=self.status))
+
+
+def test_what_a_replica_has_begun_is_finished_unless_it_is_silent(tmp_path: Path) -> None:
+    """A replica that says that it is not ready gets nothing new, and an answer that has begun comes whole. One that
+    answers no check is given up, with whatever it has begun."""
+    one, two = Replica(), Replica()
+    port, path = free_port(), "/v1/tenants/acme/adapters/a/prefix"
+    with (
+        hostile_server(one.serve) as first,
+        hostile_server(two.serve) as second,
+        ThreadPoolExecutor(2) as pool,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client,
+    ):
+        file = tmp_path / "haproxy.cfg"
+        file.write_text(haproxy_file(port, [int(each.url.rpartition(":")[2]) for each in (first, second)]))
+        with started([haproxy_program(), "-db", "-f", str(file)], port):
+            begun = pool.submit(client.get, path)
+            eventually(lambda: one.has_begun.is_set() or two.has_begun.is_set())
+            home, other = (one, two) if one.has_begun.is_set() else (two, one)
+            home.status = "503 Service Unavailable"
+            time.sleep(2.5)  # more than two checks
+            given_up = pool.submit(client.get, path)
+            assert other.has_begun.wait(60)
+            home.goes_on.set()
+            assert begun.result(60).content == b"whole"
+            other.status = None
+            with pytest.raises(httpx.RemoteProtocolError):
+                given_up.result(60)
+            other.goes_on.set()
 
 
 def test_the_unit_of_systemd(tmp_path: Path) -> None:

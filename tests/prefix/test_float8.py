@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prefix_service.prefix.kv import PrefixKV
-from prefix_service.prefix.variant import Identity, Variant
+from prefix_service.prefix.variant import DtypePair, Identity, Variant
 from prefix_service.prefix.wire import rendering as wire_rendering
 from prefix_service.prefix.wire.masks import AttentionMask
 from prefix_service.prefix.wire.prefix_file import PrefixFile
@@ -53,10 +53,9 @@ def drawn(spread: float) -> PrefixKV:
 def test_every_byte_is_the_nearest_number_to_value_by_scale(spread: float) -> None:
     """Each byte is the float32 quotient rounded to nearest, ties to even, as by torch's own cast."""
     kv = drawn(spread)
-    rendering = render(kv, "float8_e4m3fn")
-    assert rendering.scales is not None
-    quotients = kv.tensor / rendering.scales
-    bits = rendering.values.view(torch.uint8).to(torch.int64)
+    rendering = render(kv, DtypePair.both("float8_e4m3fn"))
+    quotients = kv.tensor / rendering.buffers["key_value_scale"]
+    bits = rendering.buffers["key_value"].view(torch.uint8).to(torch.int64)
     assert torch.equal(bits, nearest(quotients))
     assert torch.equal(bits, quotients.to(torch.float8_e4m3fn).view(torch.uint8).to(torch.int64))
 
@@ -78,14 +77,12 @@ class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no
 def test_scaling_takes_the_memory_of_a_block(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     """The bits are those of one step for all, for blocks of one head, of one layer, or of several layers."""
     kv = PrefixKV.whole(drawn(1.0).tensor.repeat(4, 1, 1, 1, 1))
-    whole = render(kv, "float8_e4m3fn")
+    whole = render(kv, DtypePair.both("float8_e4m3fn"))
     monkeypatch.setattr(wire_rendering, "_BLOCK", block)
     with _Made() as made:  # type: ignore[no-untyped-call]
-        found = render(kv, "float8_e4m3fn")
-    assert torch.equal(found.values.view(torch.uint8), whole.values.view(torch.uint8))
-    assert whole.scales is not None
-    assert found.scales is not None
-    assert torch.equal(found.scales, whole.scales)
+        found = render(kv, DtypePair.both("float8_e4m3fn"))
+    assert torch.equal(found.buffers["key_value"].view(torch.uint8), whole.buffers["key_value"].view(torch.uint8))
+    assert torch.equal(found.buffers["key_value_scale"], whole.buffers["key_value_scale"])
     assert made.most <= max(block, 2 * N * D)
 
 
@@ -94,16 +91,17 @@ def test_values_are_divided_by_their_scale() -> None:
     largest, value = float.fromhex("0x1.3e1558p+1"), float.fromhex("0x1.afaf4p-14")
     values = torch.zeros(L, 2, H, N, D)
     values[0, 0, 0, 0, :2] = torch.tensor([largest, value])
-    found = render(PrefixKV.whole(values), "float8_e4m3fn").values.view(torch.uint8)
+    found = render(PrefixKV.whole(values), DtypePair.both("float8_e4m3fn")).buffers["key_value"].view(torch.uint8)
     assert found[0, 0, 0, 0, :2].tolist() == [126, 10]
 
 
 def test_what_arrives_is_byte_times_scale() -> None:
     """The client decodes each byte as the definition's number times the scale of its head, in float32."""
-    rendering = render(drawn(2.0), "float8_e4m3fn")
-    assert rendering.scales is not None
+    rendering = render(drawn(2.0), DtypePair.both("float8_e4m3fn"))
     numbers = torch.tensor([e4m3(byte) for byte in range(256)], dtype=torch.float32)
-    expected = numbers[rendering.values.view(torch.uint8).to(torch.int64)] * rendering.scales
+    expected = (
+        numbers[rendering.buffers["key_value"].view(torch.uint8).to(torch.int64)] * rendering.buffers["key_value_scale"]
+    )
     assert torch.equal(sent(rendering).tensor, expected)
     assert not sent(rendering).tensor[0, 0, 0].any()
 
@@ -112,9 +110,9 @@ def test_what_arrives_is_byte_times_scale() -> None:
 def test_what_is_not_finite_stays_in_its_head(wrong: float) -> None:
     """A value that is not finite makes its whole head NaN and leaves other heads alone (checkpoints have none)."""
     kv = drawn(1.0)
-    whole = sent(render(kv, "float8_e4m3fn")).tensor
+    whole = sent(render(kv, DtypePair.both("float8_e4m3fn"))).tensor
     kv.tensor[0, 1, 1, 2, 3] = wrong
-    found = sent(render(kv, "float8_e4m3fn")).tensor
+    found = sent(render(kv, DtypePair.both("float8_e4m3fn"))).tensor
     assert bool(found[0, 1, 1].isnan().all())
     found[0, 1, 1] = whole[0, 1, 1]
     assert torch.equal(found, whole)
@@ -123,7 +121,7 @@ def test_what_is_not_finite_stays_in_its_head(wrong: float) -> None:
 def test_it_has_half_the_bytes_of_bfloat16_and_its_scales() -> None:
     """float8 takes one byte for each value instead of two, and four for each layer, part and head."""
     half, float8 = (
-        PrefixFile(IDENTITY, Variant(dtype, 1, (0, L), (0, H), "stacked", expand=False), {})
+        PrefixFile(IDENTITY, Variant(DtypePair.both(dtype), 1, (0, L), (0, H), "stacked", expand=False), {})
         for dtype in ("bfloat16", "float8_e4m3fn")
     )
     assert float8.rendering_nbytes == half.rendering_nbytes // 2 + 4 * L * 2 * H
@@ -131,6 +129,6 @@ def test_it_has_half_the_bytes_of_bfloat16_and_its_scales() -> None:
 
 def sent(rendering: Rendering) -> PrefixKV:
     """Returns a rendering as the client reads it from the wire."""
-    variant = Variant("float8_e4m3fn", 1, (0, L), (0, H), "stacked", expand=False)
+    variant = Variant(DtypePair.both("float8_e4m3fn"), 1, (0, L), (0, H), "stacked", expand=False)
     file = PrefixFile(IDENTITY, variant, {"attention_mask": AttentionMask(1, IDENTITY.num_virtual_tokens, torch.int64)})
     return read_kv(read_prefix_file(bytearray(b"".join(file.chunks(rendering)))))

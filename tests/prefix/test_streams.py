@@ -8,10 +8,10 @@ import torch
 
 from prefix_service.prefix.kv import PrefixKV
 from prefix_service.prefix.streams import own_stream
-from prefix_service.prefix.variant import KVDtype
+from prefix_service.prefix.variant import DtypePair, KVDtype
 from prefix_service.prefix.wire.rendering import render, to_host
+from tests.missing import needs_cuda
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: this test has streams on one")
 CUDA = torch.device("cuda")
 
 
@@ -28,20 +28,18 @@ def test_on_the_cpu_there_is_no_stream() -> None:
 def test_a_slice_of_the_device_is_that_of_the_cpu(dtype: KVDtype) -> None:
     """A slice rendered on the device equals the CPU's bit for bit and lies in pinned memory."""
     kv = PrefixKV.whole(torch.randn(4, 2, 8, 20, 64))
-    host = render(kv.sliced((1, 3), (2, 7)), dtype)
-    device = render(kv.to(CUDA).sliced((1, 3), (2, 7)), dtype)
-    assert device.values.is_pinned()
-    assert torch.equal(host.values.view(torch.uint8), device.values.view(torch.uint8))
-    if host.scales is not None and device.scales is not None:
-        assert device.scales.is_pinned()
-        assert torch.equal(host.scales, device.scales)
+    host = render(kv.sliced((1, 3), (2, 7)), DtypePair.both(dtype))
+    device = render(kv.to(CUDA).sliced((1, 3), (2, 7)), DtypePair.both(dtype))
+    for name, buffer in host.buffers.items():
+        assert device.buffers[name].is_pinned()
+        assert torch.equal(buffer.view(torch.uint8), device.buffers[name].view(torch.uint8))
 
 
 @needs_cuda
 def test_a_rendering_does_not_wait_for_another_stream() -> None:
     """A rendering ends while a kernel of another thread's stream still runs."""
     kv = PrefixKV.whole(torch.randn(4, 2, 8, 20, 64)).to(CUDA)
-    render(kv, "bfloat16")  # kernels are loaded once, which waits for the device
+    render(kv, DtypePair.both("bfloat16"))  # kernels are loaded once, which waits for the device
     busy = torch.cuda.Event()  # type: ignore[no-untyped-call]
     begun = threading.Event()
 
@@ -54,10 +52,10 @@ def test_a_rendering_does_not_wait_for_another_stream() -> None:
     thread = threading.Thread(target=keep_busy)
     thread.start()
     begun.wait(60)
-    rendering = render(kv, "bfloat16")
+    rendering = render(kv, DtypePair.both("bfloat16"))
     assert not busy.query()  # type: ignore[no-untyped-call]
     thread.join()
-    assert torch.equal(rendering.values, kv.tensor.to(torch.bfloat16).cpu())
+    assert torch.equal(rendering.buffers["key_value"], kv.tensor.to(torch.bfloat16).cpu())
 
 
 @needs_cuda

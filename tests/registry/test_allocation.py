@@ -9,11 +9,11 @@ import torch
 
 from prefix_service.errors import OutOfSpace
 from prefix_service.prefix.kv import PrefixKV
+from prefix_service.prefix.variant import DtypePair
 from prefix_service.registry.allocation import exhausted
 from prefix_service.registry.keys import RenderingKey, VersionKey
 from prefix_service.registry.registry import AdapterRegistry
-
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: this test exhausts one")
+from tests.missing import needs_cuda
 
 
 @pytest.fixture
@@ -51,9 +51,9 @@ EXHAUSTING = textwrap.dedent(
             await registry.prefix(key(number), SIZE, by_torch if number % 2 else by_python)
         print("evictions", registry.tiers()[0].evictions > 0)
         for number in range(24):
-            rendering = RenderingKey(key(number), "bfloat16", (0, 1), (0, 1))
+            rendering = RenderingKey(key(number), DtypePair.both("bfloat16"), (0, 1), (0, 1))
             async with registry.rendering(rendering, SIZE // 2, SIZE, by_torch) as made:
-                assert made.values.nbytes == SIZE // 2
+                assert made.buffers["key_value"].nbytes == SIZE // 2
         try:
             for number in range(24):
                 await registry.prefix(key(number), SIZE, by_torch)
@@ -107,8 +107,10 @@ async def test_an_exhausted_device_falls_back_to_host_memory() -> None:
             kv = await registry.prefix(key, size, load)
             registry.pin(key, pinned=True)
         assert not kv.tensor.is_cuda
-        async with registry.rendering(RenderingKey(key, "bfloat16", (0, 1), (0, 1)), size // 2, size, load) as made:
-            assert made.values.sum().item() == size // 4
+        async with registry.rendering(
+            RenderingKey(key, DtypePair.both("bfloat16"), (0, 1), (0, 1)), size // 2, size, load
+        ) as made:
+            assert made.buffers["key_value"].sum().item() == size // 4
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
         torch.cuda.empty_cache()

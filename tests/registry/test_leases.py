@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from prefix_service.errors import CorruptBlob, OutOfSpace, Overloaded, Unavailable
+from prefix_service.prefix.variant import DtypePair
 from prefix_service.prefix.wire.rendering import Rendering
 from prefix_service.registry.keys import RenderingKey, VersionKey
 from prefix_service.registry.registry import AdapterRegistry
@@ -33,7 +34,7 @@ def readers(registry: AdapterRegistry) -> int:
 async def test_values_come_in_their_order_and_are_held_until_the_end() -> None:
     registry, loaders = registry_of(), [Loader(2), Loader(1)]
     async with together(registry, loaders) as values:
-        assert [value.values[0, 0, 0, 0, 0].item() for value in values] == [2, 1]
+        assert [value.buffers["key_value"][0, 0, 0, 0, 0].item() for value in values] == [2, 1]
         assert (readers(registry), used(registry)[1]) == (2, 2 * SIZE)
         with pytest.raises(Unavailable):
             async with leased(registry, Loader(3), 3):
@@ -139,7 +140,8 @@ async def test_a_batch_that_waits_holds_up_no_other_tenants() -> None:
         waiting = asyncio.create_task(together(registry, [Loader(7), Loader(8)]).__aenter__())
         await asyncio.sleep(0)
         neighbours = [
-            RenderingKey(VersionKey("beta", "b", number, "d"), "float32", (0, 1), (0, 1)) for number in (1, 2)
+            RenderingKey(VersionKey("beta", "b", number, "d"), DtypePair.both("float32"), (0, 1), (0, 1))
+            for number in (1, 2)
         ]
         async with (
             asyncio.timeout(10),
@@ -153,7 +155,7 @@ async def test_a_batch_that_waits_holds_up_no_other_tenants() -> None:
 async def test_a_request_may_hold_a_half_where_its_tenant_holds_nothing_else() -> None:
     """A batch may hold a half of the budget together while its tenant holds nothing else, whatever others hold."""
     registry = registry_of(device_bytes=16 * SIZE, rendering_bytes=8 * SIZE)
-    other = RenderingKey(VersionKey("beta", "b", 1, "d"), "float32", (0, 1), (0, 1))
+    other = RenderingKey(VersionKey("beta", "b", 1, "d"), DtypePair.both("float32"), (0, 1), (0, 1))
     async with registry.rendering(other, 2 * SIZE, SIZE, Loader()):
         async with together(registry, [Loader(number) for number in range(1, 5)]):
             pass
@@ -187,7 +189,7 @@ async def test_a_version_that_is_forgotten_meanwhile_is_still_given() -> None:
 
     async def read() -> float:
         async with together(registry, [loader, Loader(2)]) as values:
-            return float(values[0].values[0, 0, 0, 0, 0])
+            return float(values[0].buffers["key_value"][0, 0, 0, 0, 0])
 
     task = asyncio.create_task(read())
     await loader.waiting()

@@ -13,13 +13,14 @@ import torch
 
 from prefix_service.errors import CorruptBlob, InvalidInput, OutOfSpace, Overloaded, Unavailable
 from prefix_service.prefix.kv import PrefixKV
+from prefix_service.prefix.variant import DtypePair
 from prefix_service.prefix.wire.rendering import Rendering, render
 from prefix_service.registry.keys import RenderingKey, VersionKey
 from prefix_service.registry.registry import LEAST, AdapterRegistry, choose_device
+from tests.missing import needs_cuda
 
 CPU = torch.device("cpu")
 SIZE = 2 * 3 * 4 * 4  # bytes of a prefix of one layer, one head, three tokens of size 4
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: this test copies to one")
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def version(number: int = 1) -> VersionKey:
 
 
 def whole(number: int = 1) -> RenderingKey:
-    return RenderingKey(version(number), "float32", (0, 1), (0, 1))
+    return RenderingKey(version(number), DtypePair.both("float32"), (0, 1), (0, 1))
 
 
 def kv_of(number: int = 1) -> PrefixKV:
@@ -109,7 +110,7 @@ async def test_many_cold_renderings_are_one_rendering() -> None:
 
     async def data_pointer() -> int:
         async with leased(registry, load) as rendering:
-            return rendering.values.data_ptr()
+            return rendering.buffers["key_value"].data_ptr()
 
     assert len(set(await asyncio.gather(*(data_pointer() for _ in range(50))))) == 1
     assert (load.calls, used(registry)) == (1, (SIZE, SIZE))
@@ -285,9 +286,9 @@ async def test_a_lease_is_never_evicted() -> None:
         with pytest.raises(Unavailable):
             async with leased(registry, Loader(2), 2):
                 pytest.fail("there was no room")
-        assert torch.equal(rendering.values, kv_of().tensor)
+        assert torch.equal(rendering.buffers["key_value"], kv_of().tensor)
     async with leased(registry, Loader(2), 2) as second:
-        assert torch.equal(second.values, kv_of(2).tensor)
+        assert torch.equal(second.buffers["key_value"], kv_of(2).tensor)
 
 
 async def test_a_prefix_stays_while_it_is_rendered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,7 +298,7 @@ async def test_a_prefix_stays_while_it_is_rendered(monkeypatch: pytest.MonkeyPat
     def slow(*args: object) -> Rendering:
         rendering.set()
         assert go_on.wait(60)
-        return render(kv_of(), "float32")
+        return render(kv_of(), DtypePair.both("float32"))
 
     monkeypatch.setattr("prefix_service.registry.registry._render", slow)
     task = asyncio.create_task(leased(registry, Loader()).__aenter__())
@@ -352,7 +353,7 @@ async def test_what_is_forgotten_while_leased_stays_usable() -> None:
         async with leased(registry, Loader()) as again:
             assert again is not rendering
             assert used(registry) == (SIZE, 2 * SIZE)
-        assert torch.equal(rendering.values, kv_of().tensor)
+        assert torch.equal(rendering.buffers["key_value"], kv_of().tensor)
     assert used(registry) == (SIZE, SIZE)
 
 
@@ -482,7 +483,7 @@ async def test_a_deleted_tenant_leaves_memory_at_once() -> None:
         await load.waiting()
         registry.forget_where(lambda version: version.tenant == "acme")
         assert used(registry) == (2 * SIZE, SIZE)
-        assert torch.equal(rendering.values, kv_of().tensor)
+        assert torch.equal(rendering.buffers["key_value"], kv_of().tensor)
     load.go_on.set()
     await loading
     assert used(registry) == (SIZE, 0)
@@ -495,7 +496,7 @@ async def test_a_tenants_scan_leaves_the_other_its_working_set() -> None:
 
     async def read(tenant: str, number: int) -> int:
         load = Loader(number)
-        key = RenderingKey(VersionKey(tenant, "a", number, "d"), "float32", (0, 1), (0, 1))
+        key = RenderingKey(VersionKey(tenant, "a", number, "d"), DtypePair.both("float32"), (0, 1), (0, 1))
         async with registry.rendering(key, SIZE, SIZE, load):
             return load.calls
 
@@ -578,18 +579,18 @@ async def test_what_was_evicted_is_told_with_its_reason() -> None:
 async def test_a_rendering_is_that_slice_in_that_dtype() -> None:
     """A rendering has the layers, heads and dtype of its key."""
     tensor = torch.arange(48.0).view(2, 2, 2, 3, 2)
-    key = RenderingKey(version(), "bfloat16", (1, 2), (0, 1))
+    key = RenderingKey(version(), DtypePair.both("bfloat16"), (1, 2), (0, 1))
     async with registry_of(9 * SIZE).rendering(key, SIZE, 2 * SIZE, lambda: PrefixKV.whole(tensor)) as rendering:
-        assert torch.equal(rendering.values, tensor[1:2, :, 0:1].to(torch.bfloat16))
+        assert torch.equal(rendering.buffers["key_value"], tensor[1:2, :, 0:1].to(torch.bfloat16))
 
 
 async def test_a_rendering_of_some_layers_does_not_hold_the_others() -> None:
     """A rendering takes the memory that it is charged for, so that a prefix which is evicted leaves memory."""
     tensor = torch.arange(48.0).view(2, 2, 2, 3, 2)
-    key = RenderingKey(version(), "float32", (1, 2), (0, 2))
+    key = RenderingKey(version(), DtypePair.both("float32"), (1, 2), (0, 2))
     async with registry_of(9 * SIZE).rendering(key, SIZE, 2 * SIZE, lambda: PrefixKV.whole(tensor)) as rendering:
-        assert torch.equal(rendering.values, tensor[1:2])
-        assert rendering.values.untyped_storage().nbytes() == rendering.nbytes
+        assert torch.equal(rendering.buffers["key_value"], tensor[1:2])
+        assert rendering.buffers["key_value"].untyped_storage().nbytes() == rendering.nbytes
 
 
 async def test_small_renderings_count_for_what_their_objects_take() -> None:
@@ -597,7 +598,7 @@ async def test_small_renderings_count_for_what_their_objects_take() -> None:
     tensor = torch.zeros(64, 2, 1, 1, 1)
     registry = AdapterRegistry(CPU, 8 * LEAST, 8 * LEAST)
     for layer in range(64):
-        key = RenderingKey(version(), "float32", (layer, layer + 1), (0, 1))
+        key = RenderingKey(version(), DtypePair.both("float32"), (layer, layer + 1), (0, 1))
         async with registry.rendering(key, 8, tensor.nbytes, lambda: PrefixKV.whole(tensor)):
             pass
     await registry.prefix(version(2), 8, lambda: PrefixKV.whole(tensor))
@@ -617,7 +618,7 @@ async def test_many_versions_at_once_stay_within_the_budget() -> None:
         async with leased(registry, Loader(number), number) as rendering:
             assert max(used(registry)) <= 3 * SIZE
             await asyncio.sleep(0.001 * (number % 3))
-            assert rendering.values.max().item() == number
+            assert rendering.buffers["key_value"].max().item() == number
             served.append(number)
 
     async def request(number: int) -> None:
@@ -668,10 +669,10 @@ async def test_a_prefix_lives_on_the_device_and_its_rendering_on_the_host() -> N
     """The device casts a rendering to the CPU's bits and copies it to host memory."""
     registry = registry_of(device=torch.device("cuda"))
     assert (await registry.prefix(version(), SIZE, Loader())).tensor.is_cuda
-    key = RenderingKey(version(), "bfloat16", (0, 1), (0, 1))
+    key = RenderingKey(version(), DtypePair.both("bfloat16"), (0, 1), (0, 1))
     async with registry.rendering(key, SIZE, SIZE, Loader()) as rendering:
-        assert not rendering.values.is_cuda
-        assert torch.equal(rendering.values, kv_of().tensor.to(torch.bfloat16))
+        assert not rendering.buffers["key_value"].is_cuda
+        assert torch.equal(rendering.buffers["key_value"], kv_of().tensor.to(torch.bfloat16))
 
 
 @needs_cuda
@@ -679,8 +680,8 @@ async def test_a_prefix_lives_on_the_device_and_its_rendering_on_the_host() -> N
 def test_the_device_rounds_as_the_cpu_does(dtype: str) -> None:
     """Device and CPU render the same bytes, because an ETag names them."""
     kv = PrefixKV.whole(torch.randn(2, 2, 2, 64, 64))
-    host, device = render(kv, dtype), render(kv.to(torch.device("cuda")), dtype)  # type: ignore[arg-type]  # parametrized
-    assert torch.equal(host.values.view(torch.uint8), device.values.view(torch.uint8))
+    host, device = render(kv, DtypePair.both(dtype)), render(kv.to(torch.device("cuda")), DtypePair.both(dtype))  # type: ignore[arg-type]  # parametrized
+    assert torch.equal(host.buffers["key_value"].view(torch.uint8), device.buffers["key_value"].view(torch.uint8))
 
 
 @needs_cuda

@@ -92,6 +92,13 @@ ARCHITECTURES: Final = {
         {"query_pre_attn_scalar": 32, "num_hidden_layers": 6},
         {"disable_hybrid_kv_cache_manager": True},
     ),
+    "Gemma 3, two ranks": Architecture(
+        "Gemma3Text",
+        "as above, with `--tensor-parallel-size 2`",
+        60,
+        {"query_pre_attn_scalar": 32, "num_hidden_layers": 6},
+        {"tensor_parallel_size": 2},
+    ),
     "Gemma 3n": Architecture(
         "Gemma3nText",
         "window in every second, the last ones read an earlier one's keys",

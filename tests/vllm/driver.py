@@ -20,6 +20,8 @@ from tests.conftest import free_port
 
 ROOT: Final = Path(__file__).parents[2]
 PYTHON: Final = ROOT / os.environ.get("VLLM_ENVIRONMENT", ".venv-vllm") / "bin" / "python"
+_FORKS: Final = "VLLM_ON_GPU" not in os.environ
+"""Whether programs are forked from a process that has imported vLLM: CUDA cannot be used in such a fork."""
 _ENVIRONMENT: Final = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "HF_HUB_OFFLINE": "1",
@@ -91,11 +93,10 @@ def _starter(threads: int) -> _Starter:
 
 
 class _Program:
-    """A forked program of vLLM, with the part of `subprocess.Popen` that is needed here."""
+    """A program of vLLM, with the part of `subprocess.Popen` that is needed here."""
 
-    def __init__(self, threads: int = 1, **what: Any) -> None:
-        self._starter = _starter(threads)
-        self._pid: int = self._starter.ask({"start": what})["pid"]
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
 
     def poll(self) -> int | None:
         """Returns the exit status; None if the program has not ended."""
@@ -103,8 +104,7 @@ class _Program:
 
     def wait(self, timeout: float) -> int | None:
         """Waits for the program's end for so many seconds; returns its exit status, or None if it has not ended."""
-        status: int | None = self._starter.ask({"wait": self._pid, "seconds": timeout})["status"]
-        return status
+        raise NotImplementedError
 
     def end(self) -> None:
         """Asks the program to end, and waits; kills it if it does not.
@@ -117,6 +117,42 @@ class _Program:
         if self.wait(90) is None:
             os.kill(self._pid, signal.SIGKILL)
             raise RuntimeError("vLLM did not end within 90 seconds")
+
+
+class _Forked(_Program):
+    """A program that is forked from a process that has imported vLLM."""
+
+    def __init__(self, threads: int, what: dict[str, Any]) -> None:
+        self._starter = _starter(threads)
+        super().__init__(self._starter.ask({"start": what})["pid"])
+
+    def wait(self, timeout: float) -> int | None:
+        """Waits as `_Program` says."""
+        status: int | None = self._starter.ask({"wait": self._pid, "seconds": timeout})["status"]
+        return status
+
+
+class _Spawned(_Program):
+    """A program that imports vLLM itself."""
+
+    def __init__(self, what: dict[str, Any]) -> None:
+        named = ["-m", what["module"]] if "module" in what else [what["path"]]
+        with Path(what["log"]).open("ab") as log:
+            command = [str(PYTHON.absolute()), *named, *what["arguments"]]
+            places: dict[str, Any] = {"cwd": what["folder"], "stdout": log, "stderr": log}
+            self._process = subprocess.Popen(command, env=what["environment"], **places)
+        super().__init__(self._process.pid)
+
+    def wait(self, timeout: float) -> int | None:
+        """Waits as `_Program` says."""
+        try:
+            return self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return None
+
+
+def _program(threads: int = 1, **what: Any) -> _Program:
+    return _Forked(threads, what) if _FORKS else _Spawned(what)
 
 
 class Engine:
@@ -179,7 +215,7 @@ def engine(
         listener.bind(address := f"{short}/engine")
         listener.listen()
         listener.settimeout(90)
-        program = _Program(
+        program = _program(
             threads,
             path=str(Path(__file__).with_name("engine.py")),
             arguments=[address],
@@ -210,7 +246,7 @@ def openai_server(
     arguments = ["--model", str(model), "--port", str(port)]
     arguments += ["--host", "127.0.0.1", "--served-model-name", "model", "--dtype", "float32", "--enforce-eager"]
     arguments += ["--max-model-len", "2048", "--kv-transfer-config", json.dumps(transfer), *options]
-    program = _Program(
+    program = _program(
         module="vllm.entrypoints.openai.api_server",
         arguments=arguments,
         environment=_environment(PREFIX_API_KEY=key),

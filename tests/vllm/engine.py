@@ -5,6 +5,7 @@ any of these:
 
 - `{"jobs": [{"prompt": [ids], "adapter": …, …}], "max_tokens": n}`; a job's `extra` replaces its `extra_args`
 - `{"salted": false}`: blocks are hashed without our salt
+- `{"salt_of": {<a job>}}`: the salt of its blocks, which nobody outside of the engine sees
 - `{"default": "tenant/adapter"}`: the configuration has this default adapter from now on; null removes it
 - `{"hidden": false}`: partners see requests with adapters
 - `{"connect": {<kv_transfer_config>}}`: another connector for this engine, as if it had started with it
@@ -12,7 +13,9 @@ any of these:
 - `{"metrics": true}`: the lines of its metrics that are ours
 - `{"series": {"readings": [names, …], "shared": …}}`: the series of what is loaded after each list in turn,
   with or without files that several servers share
-- `{"events": [<jobs>]}`: the blocks that its KV events report for these jobs, without other requests
+- `{"events": [<jobs>]}`: the blocks that its KV events report for these jobs, without other requests: name, tokens,
+  and the extra keys of their hashes
+- `{"written": true}`: what the code of vLLM's backends for GPUs makes of a prefix, by `writers.py`
 - `{"loaded": {<a job>}}`: what the blocks of a prefix hold after its load, as a digest
 - `{"forget": "blocks"}` (vLLM's prefix cache) or `"all"` (what the connectors remember too)
 
@@ -25,6 +28,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
@@ -53,6 +57,7 @@ def _done(llm: Any, asked: dict[str, Any]) -> dict[str, Any] | list[list[float]]
     (verb, value), *_ = asked.items()
     verbs: dict[str, Callable[..., Any]] = {
         "salted": _switch_salt,
+        "salt_of": _salt_of,
         "default": _switch_default,
         "hidden": _switch_hiding,
         "connect": _connect,
@@ -60,6 +65,7 @@ def _done(llm: Any, asked: dict[str, Any]) -> dict[str, Any] | list[list[float]]
         "metrics": _metrics,
         "series": _series,
         "events": _events,
+        "written": _written,
         "loaded": _digest_loaded,
         "forget": _forget,
     }
@@ -118,6 +124,22 @@ def _switch_salt(llm: Any, salted: bool) -> dict[str, Any]:
     half = llm.llm_engine.engine_core.engine_core.scheduler.connector.half
     half._salts = Salts() if salted else _Unsalted()
     return {"reset": llm.reset_prefix_cache()}
+
+
+def _salt_of(llm: Any, job: dict[str, Any]) -> dict[str, str]:
+    salts = llm.llm_engine.engine_core.engine_core.scheduler.connector.half._salts
+    made, of = [], salts.of
+
+    def noted(*what: Any) -> str:
+        made.append(of(*what))
+        return str(made[-1])
+
+    salts.of = noted
+    try:
+        _run(llm, [job], 1)
+    finally:
+        del salts.of
+    return {"salt": made[-1]}
 
 
 def _switch_default(llm: Any, adapter: str | None) -> dict[str, Any]:
@@ -221,8 +243,16 @@ def _events(llm: Any, jobs: list[dict[str, Any]]) -> dict[str, Any]:
         if event is None:
             stored.append([])
         elif type(event).__name__ == "BlockStored":
-            stored[-1].append([event.lora_name, len(event.token_ids)])
+            keys = [key for keys in event.extra_keys or [] for key in keys or []]
+            stored[-1].append([event.lora_name, len(event.token_ids), keys])
     return {"stored": stored}
+
+
+def _written(llm: Any, _: bool) -> dict[str, str]:
+    import runpy
+
+    found: dict[str, str] = runpy.run_path(str(Path(__file__).with_name("writers.py")))["written"]()
+    return found
 
 
 def _digest_loaded(llm: Any, job: dict[str, Any]) -> dict[str, Any]:

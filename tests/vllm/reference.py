@@ -86,6 +86,15 @@ class Reference:
         steps = [torch.log_softmax(logits[0], -1) for logits in made.logits]
         return Said(tokens, [float(step[token]) for step, token in zip(steps, tokens, strict=True)])
 
+    def scores(self, adapter: str | None, named: str, tokens: list[int]) -> torch.Tensor:
+        """Returns the log probability of every token at each step, `[tokens, vocabulary]`, while PEFT is made to say
+        these tokens, in float32."""
+        prompt = self.prompts[named]
+        ids = torch.tensor([[*prompt, *tokens]])
+        with torch.inference_mode():
+            logits = self._loaded(adapter)(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0]
+        return torch.log_softmax(logits[len(prompt) - 1 : -1].float(), -1)
+
     def _loaded(self, adapter: str | None) -> Any:
         if adapter not in self._models:
             base = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32)

@@ -234,9 +234,30 @@ def test_kv_events_name_the_adapter_where_vllm_names_a_lora(asking: Asking) -> N
     """A router learns from vLLM's KV events which blocks are an adapter's, those of its text behind it included."""
     jobs = [asking.job(*row) for row in (("a", "long"), (["c", "d"], "short"), (None, "long"), ("nosuch", "long"))]
     stored = asking.engine.ask({"events": jobs})["stored"]
-    names = [{name for name, _ in blocks} for blocks in stored]
+    names = [{name for name, *_ in blocks} for blocks in stored]
     assert names == [{"acme/a"}, {"acme/c,acme/d"}, {None}, set()]
-    assert [sum(tokens for _, tokens in blocks) for blocks in stored[:3]] == [96, 96, 64]
+    assert [sum(tokens for _, tokens, _ in blocks) for blocks in stored[:3]] == [96, 96, 64]
+
+
+def test_what_kv_events_show_of_a_salt_opens_nothing(asking: Asking) -> None:
+    """A plain prompt of placeholders with the key that the events show finds none of the adapter's blocks; a plain
+    request that sends the salt itself would.
+    """
+    (blocks,) = asking.engine.ask({"events": [asking.job("c", "short")]})["stored"]
+    (shown,) = {key for *_, keys in blocks for key in keys}
+    forged = {"prompt": [0] * 64 + asking.reference.prompts["short"], "salt": shown}
+    assert asking.engine.run([forged])["outputs"][0]["cached"] == 0
+    secret = asking.engine.ask({"salt_of": asking.job("c", "short")})["salt"]
+    assert asking.engine.run([{**forged, "salt": secret}])["outputs"][0]["cached"] == 64
+
+
+def test_vllms_code_for_gpus_finds_the_places_of_a_prefix(asking: Asking) -> None:
+    """The writers of FlashAttention, FlashInfer, Triton and FlexAttention put each key and value where these backends
+    read it, in every layout of vLLM's caches, with blocks that kernels divide, and in FP8.
+    """
+    found = asking.engine.ask({"written": True})
+    assert len({case.partition(",")[0] for case in found}) == 4
+    assert {case: told for case, told in found.items() if told != "right"} == {}
 
 
 def test_the_series_of_what_is_loaded_are_bounded(asking: Asking) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from prefix_service.client.vllm.middleware import ROUTES
 from tests.benchmarks.growth.folder import BIG
@@ -221,3 +222,13 @@ def test_the_dashboard_asks_for_numbers_that_vllm_has(openai: httpx.Client) -> N
     text = openai.get("/metrics").text
     assert len(names) == 5
     assert {name for name in names if not re.search(rf"^{name}{{", text, re.MULTILINE)} == set()
+    assert (f"demo/{_NAME}", "cpu") in _residency(text)
+
+
+def _residency(scrape: str) -> set[tuple[str, str]]:
+    """Returns the loaded adapters and their levels as llm-d's router reads vLLM's LoRAs (its pull request 2792): by the
+    labels of the series of one gauge, with the name of ours."""
+    families = {family.name: family for family in text_string_to_metric_families(scrape)}
+    samples = families["vllm:prefix_adapter_loaded"].samples
+    assert all(sample.labels.keys() == {"model_name", "engine", "adapter_name", "level"} for sample in samples)
+    return {(sample.labels["adapter_name"], sample.labels["level"]) for sample in samples if sample.value == 1}

@@ -1,14 +1,17 @@
 """Runs the connector's tests on several versions of vLLM, and prints a table of test and version.
 
-`python -m tests.vllm.versions [VERSION …]`, by default on each tried version and on the newest that has a CPU build.
-Each version takes 3.5 GB in an environment of its own, `.venv-vllm-VERSION`, which is kept, and some minutes.
+`python -m tests.vllm.versions [--only PART …] [VERSION …]`, by default all parts on each tried version and on the
+newest that has a CPU build. Each version takes 3.5 GB in an environment of its own, `.venv-vllm-VERSION`, which is
+kept, and about ten minutes. A part is a file of tests, or an architecture of `tests.vllm.architectures`.
 """
 
+import argparse
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 from xml.etree import ElementTree
@@ -17,14 +20,19 @@ from prefix_service.client.vllm.supported_versions import TRIED
 from tests.benchmarks.tables import Grid
 from tests.vllm.driver import ROOT
 
-_TESTS: Final = ("test_engine.py", "test_windows.py", "test_partners.py")
+_PARTS: Final = ("test_engine.py", "test_windows.py", "test_partners.py", "Gemma 3, two ranks")
 _MADE: Final = {None: "passed", "failure": "FAILED", "error": "FAILED", "skipped": "NOT TESTED"}
 """What becomes of a test, by the element that JUnit's XML has for it."""
 
 
-def main(versions: list[str]) -> int:
+def main() -> int:
     """Prints the table; returns the exit status."""
-    found = {version: _results(version) for version in versions or [*(f"{one}.0" for one in TRIED), *_newest()]}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", choices=_PARTS, help="this part alone; may be given several times")
+    parser.add_argument("versions", nargs="*", metavar="VERSION")
+    asked = parser.parse_args()
+    versions = asked.versions or [*(f"{one}.0" for one in TRIED), *_newest()]
+    found = {version: _results(version, asked.only or _PARTS) for version in versions}
     tests = list(dict.fromkeys(test for results in found.values() for test in results))
     rows = [[test, *(results.get(test, "NOT TESTED") for results in found.values())] for test in tests]
     print(Grid("The connector's tests", ["test", *found], rows).markdown())  # noqa: T201 - this is a command
@@ -41,19 +49,26 @@ def _newest() -> list[str]:
     return [] if newest[1].startswith(tuple(f"{one}." for one in TRIED)) else [newest[1]]
 
 
-def _results(version: str) -> dict[str, str]:
-    """Runs the tests on one version; returns what became of each."""
+def _results(version: str, parts: Sequence[str]) -> dict[str, str]:
+    """Runs the parts on one version; returns what became of each test."""
     environment = f".venv-vllm-{version}"
     if subprocess.run(["bash", "tests/vllm/install", version, environment], check=False, cwd=ROOT).returncode:
         return {"installation": "FAILED"}
+    variables = {**os.environ, "VLLM_ENVIRONMENT": environment}
+    files = [f"tests/vllm/{part}" for part in parts if part.endswith(".py")]
+    found = _tests(files, variables) if files else {}
+    for part in (part for part in parts if not part.endswith(".py")):
+        command = [sys.executable, "-m", "tests.vllm.architectures", part]
+        row = subprocess.run(command, check=False, cwd=ROOT, env=variables, stdout=subprocess.PIPE, text=True).stdout
+        found[part] = "passed" if "answers equal" in row else f"FAILED: {row:.200}"
+    return found
+
+
+def _tests(files: list[str], variables: dict[str, str]) -> dict[str, str]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        subprocess.run(
-            [sys.executable, "-m", "pytest", *(f"tests/vllm/{test}" for test in _TESTS), f"--junit-xml={report}"],
-            check=False,
-            cwd=ROOT,
-            env={**os.environ, "VLLM_ENVIRONMENT": environment},
-        )
+        command = [sys.executable, "-m", "pytest", *files, f"--junit-xml={report}"]
+        subprocess.run(command, check=False, cwd=ROOT, env=variables, stdout=sys.stderr)
         if not report.exists():
             return {"collection": "FAILED"}
         cases = ElementTree.parse(report).iter("testcase")  # noqa: S314 - pytest wrote it
@@ -65,4 +80,4 @@ def _outcome(case: ElementTree.Element) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

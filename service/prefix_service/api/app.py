@@ -166,8 +166,10 @@ def create_app(settings: Settings, metrics: Metrics | None = None) -> App:
     return app
 
 
-def end_watching(app: FastAPI) -> None:
-    """End the answers of an app that wait for changes: nobody waits for them at its end."""
+def begin_end(app: FastAPI) -> None:
+    """Say from now on that an app is not ready, and end its answers that wait for changes: the process ends once the
+    requests in progress are finished."""
+    app.state.prefix_service.readiness.end()
     app.state.prefix_service.watchers.end()
 
 

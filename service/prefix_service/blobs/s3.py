@@ -35,7 +35,7 @@ Receive = Callable[[int], Callable[[memoryview], object]]
 
 
 class S3BlobStore:
-    """Blobs as objects `<2 hex>/<64 hex>`; damaged ones are moved to `quarantine/`.
+    """Blobs as objects `<2 hex>/<64 hex>`; damaged ones are copied to `quarantine/`.
 
     Names are digests, so a blob is written without conditions. A blob that is read is copied to `folder`, up to
     `cache_bytes`, and read from there until it is evicted; a copy that is damaged is read from the bucket again.
@@ -289,16 +289,18 @@ class S3BlobStore:
             log.warning("a blob arrived damaged, and is read again", extra={"digest": digest})
 
     def _damaged(self, digest: str, found: Found) -> CorruptBlob:
-        """Moves a damaged object to the quarantine, unless the content was committed again in the meantime.
+        """Copies a damaged object to the quarantine, unless the content was committed again in the meantime; returns
+        the error.
 
-        Returns the error.
+        The object stays in its place, where it is never served and the next commit replaces it. Deleting it could
+        delete that commit of another machine: no condition distinguishes the two, because the ETag of bytes that have
+        changed on a disk is that of the sound ones.
         """
         kept = found.key
         if not self._read_only:
-            with contextlib.suppress(PrefixServiceError):  # it stays where it is, and is not served there either
-                self._bucket.copy(found.key, aside := f"quarantine/{hex_of(digest)}")
+            with contextlib.suppress(PrefixServiceError):
                 if self._bucket.head(found.key) == found:
-                    self._bucket.delete([found.key])
+                    self._bucket.copy(found.key, aside := f"quarantine/{hex_of(digest)}")
                     kept = aside
         log.error("blob damaged", extra={"digest": digest, "kept": kept})
         return damaged(digest)

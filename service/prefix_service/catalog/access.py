@@ -77,6 +77,7 @@ def _sqlite(path: Path, patience: Patience, *, writes: bool, read_only: bool) ->
     engine = sa.create_engine(url, connect_args={"timeout": locks}, **_pool("sqlite", patience, writes=writes))
     event.listen(engine, "connect", _configure)
     event.listen(engine, "begin", _begin_writing if writes else _begin_reading)
+    event.listen(engine, "before_cursor_execute", _refuse_nul)
     return engine
 
 
@@ -134,6 +135,20 @@ def _begin_reading(connection: sa.Connection) -> None:
 
 def _begin_writing(connection: sa.Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def _refuse_nul(
+    _connection: sa.Connection, _cursor: Any, _statement: str, parameters: Any, _context: Any, is_many: bool
+) -> None:
+    """Refuses text with a NUL, which PostgreSQL cannot hold, in a row and in a query: both catalogs answer alike, and
+    what one holds can move to the other.
+
+    Raises:
+        InvalidRequest: there is one.
+    """
+    for row in parameters if is_many else (parameters,):
+        if any(isinstance(value, str) and "\0" in value for value in row):
+            raise InvalidRequest("the catalog cannot hold this: text cannot contain NUL (0x00) characters")
 
 
 class Access:

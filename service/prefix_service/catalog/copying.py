@@ -165,10 +165,10 @@ def _parameters(table: sa.Table, row: Values) -> Values:
 
 def _stored(target: sa.Connection, column: sa.Column[Any], value: Any) -> Any:
     """Returns a value as the target's database will return it."""
-    if target.dialect.name == "postgresql":
-        # Its texts hold no NUL, which the name of a key in SQLite may have.
-        return value.replace("\0", _REPLACEMENT) if isinstance(value, str) else value
-    if isinstance(value, datetime):  # some columns have whole seconds there
+    if isinstance(value, str):
+        # Older releases let a NUL into the names of keys in SQLite.
+        return value.replace("\0", _REPLACEMENT)
+    if isinstance(value, datetime) and target.dialect.name == "sqlite":  # some columns have whole seconds there
         to_text = column.type.dialect_impl(target.dialect).bind_processor(target.dialect)
         return value if to_text is None else datetime.fromisoformat(to_text(value))
     return value

@@ -28,6 +28,7 @@ from prefix_service.system.disk import sync_folder, translated, write_private
 
 # Recognisable to secret scanners: a fixed beginning, and a checksum that tells a key from a look-alike.
 _KEY: Final = re.compile(r"(pfx_([0-9a-f]{16})_[0-9a-f]{48})_([0-9a-f]{8})")
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 MOST_KEYS: Final = 4096
 """Keys of a tenant, and of the platform: each process knows some 65,000, and one tenant must not fill that."""
 
@@ -74,13 +75,19 @@ class Keyring:
         """Returns a new key, and its text, which is not stored: its owner keeps it. A naive `expires` is in UTC.
 
         Raises:
-            InvalidRequest: `expires` is not in the future, or a tenant's key would have the scope `metrics`.
+            InvalidRequest: `expires` is not in the future, `name` has a control character, or a tenant's key would have
+                the scope `metrics`.
             Unauthenticated: `by` has no authority any more.
             NotFound: there is no such tenant.
             Conflict: it has as many keys as it may have.
         """
         if scope == "metrics" and tenant is not None:
             raise InvalidRequest("a key of scope metrics belongs to the platform: the metrics are of all tenants")
+        if control := _CONTROL.search(name):
+            raise InvalidRequest(
+                f"a key's name is one line of text, and its character {control.start()} is "
+                f"U+{ord(control[0]):04X}: leave it out"
+            )
         ends = None if expires is None else _in_utc(expires)
         with writing_for(self._database, by) as connection:
             owner = _changed(connection, tenant)

@@ -28,6 +28,8 @@ class PrefixOptions(TypedDict, total=False):
 
     batch_size: int
     dtype: KVDtype | None
+    key_dtype: KVDtype | None
+    value_dtype: KVDtype | None
     layers: Span | None
     kv_heads: Span | None
     tp: Rank | None
@@ -39,6 +41,8 @@ def prefix_options(
     *,
     batch_size: int = 1,
     dtype: KVDtype | None = None,
+    key_dtype: KVDtype | None = None,
+    value_dtype: KVDtype | None = None,
     layers: Span | None = None,
     kv_heads: Span | None = None,
     tp: Rank | None = None,
@@ -52,7 +56,9 @@ def prefix_options(
     """
     return {
         "batch_size": whole("batch_size", batch_size, 1),
-        "dtype": None if dtype is None else _dtype(dtype),
+        "dtype": None if dtype is None else _dtype("dtype", dtype),
+        "key_dtype": None if key_dtype is None else _dtype("key_dtype", key_dtype),
+        "value_dtype": None if value_dtype is None else _dtype("value_dtype", value_dtype),
         "layers": None if layers is None else _span("layers", layers),
         "kv_heads": None if kv_heads is None else _span("kv_heads", kv_heads),
         "tp": None if tp is None else check_rank(_pair("tp", tp)),
@@ -232,9 +238,9 @@ def path(name: str, value: Any) -> Path | None:
     return None if value is None else Path(value)
 
 
-def _dtype(value: Any) -> KVDtype:
+def _dtype(name: str, value: Any) -> KVDtype:
     if not isinstance(value, str) or value not in _DTYPES:
-        raise InvalidRequest(f"dtype must be one of {', '.join(_DTYPES)}, got {value!r:.100}")
+        raise InvalidRequest(f"{name} must be one of {', '.join(_DTYPES)}, got {value!r:.100}")
     return cast(KVDtype, value)
 
 

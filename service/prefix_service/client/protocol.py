@@ -12,7 +12,7 @@ from prefix_service import errors
 from prefix_service.errors import InvalidResponse, PrefixServiceError, TooLarge, Unavailable
 from prefix_service.prefix.ranks import Rank
 from prefix_service.prefix.references import Reference, check_name
-from prefix_service.prefix.variant import MEDIA_TYPE, KVDtype, Span
+from prefix_service.prefix.variant import MEDIA_TYPE, KVDtype, Layout, Span
 from prefix_service.prefix.wire.digests import Algorithm, digest_of, parse_digests
 
 Files = Mapping[str, bytes | BinaryIO]
@@ -149,7 +149,8 @@ def prefix_request(
     tenant: str,
     reference: Reference,
     *,
-    dtype: KVDtype | None = None,
+    layout: Layout,
+    dtypes: Mapping[str, KVDtype],
     layers: Span | None = None,
     kv_heads: Span | None = None,
     tp: Rank | None = None,
@@ -158,10 +159,8 @@ def prefix_request(
     is_verified: bool,
     blocks: bool,
 ) -> Fetch:
-    """Ask for one row of a prefix in one tensor; a batch is made of it on arrival."""
-    params = {"layout": "stacked", "expand": "false"}
-    if dtype is not None:
-        params["dtype"] = dtype
+    """Ask for one row of a prefix; a batch is made of it on arrival. `dtypes` are those of the request's options."""
+    params: dict[str, str] = {"layout": layout, "expand": "false", **dtypes}
     for name, span in (("layers", layers), ("kv_heads", kv_heads)):
         if span is not None:
             params[name] = f"{span[0]}:{span[1]}"

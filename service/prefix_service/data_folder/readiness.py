@@ -13,7 +13,7 @@ from prefix_service.blobs.port import BlobStore
 from prefix_service.catalog.catalog import Catalog
 from prefix_service.catalog.database import Database
 from prefix_service.data_folder.opening import check as check_folder
-from prefix_service.errors import PrefixServiceError, StorageFailed
+from prefix_service.errors import PrefixServiceError, StorageFailed, Unavailable
 from prefix_service.settings import Settings
 
 log = logging.getLogger("prefix_service")
@@ -56,13 +56,21 @@ class Readiness:
         self._began = 0.0
         self._reason: str | None = None
         self._valid_until = 0.0
+        self._is_ending = False
+
+    def end(self) -> None:
+        """Refuses from now on: the process ends."""
+        self._is_ending = True
 
     async def require(self) -> None:
         """Returns if all checks pass now, or passed within the last second.
 
         Raises:
+            Unavailable: the process ends.
             StorageFailed: a check fails, or the checks exceed the deadline; the message has the reason.
         """
+        if self._is_ending:
+            raise Unavailable("the service ends: it finishes the requests in progress", retry_after=5)
         if time.monotonic() >= self._valid_until:
             if self._running is None or self._running.done():
                 self._running, self._began = asyncio.create_task(self._run()), time.monotonic()

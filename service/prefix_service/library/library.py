@@ -179,7 +179,7 @@ class Library:
             OutOfSpace, Unavailable, Overloaded: the memory budget does not allow it now.
         """
         version, variant = plan.version, plan.file.variant
-        key = RenderingKey(key_of(version), variant.dtype, variant.layers, variant.kv_heads)
+        key = RenderingKey(key_of(version), variant.dtypes, variant.layers, variant.kv_heads)
         load = partial(self._load, version, plan, digest, on_load)
         share = None if self._shared_files is None else partial(self._shared_files.share, plan.file)
         return self._registry.rendering(key, plan.file.rendering_nbytes, version.key_values_bytes, load, share)

@@ -20,7 +20,7 @@ from prefix_service.prefix.kv import check_span
 from prefix_service.prefix.mixed import MOST_IN_A_ROW, MixedBatch, Row, RowPrefix
 from prefix_service.prefix.ranks import kv_heads_of_rank
 from prefix_service.prefix.references import QUALIFIED_PATTERN
-from prefix_service.prefix.variant import Identity, KVDtype, Layout, MaskDtype, Span, Variant
+from prefix_service.prefix.variant import DtypePair, Identity, KVDtype, Layout, MaskDtype, Span, Variant
 from prefix_service.prefix.wire.masks import AttentionMask, Extra, InputMask, PositionIds
 from prefix_service.prefix.wire.mixed_prefix_file import MixedPrefixFile
 from prefix_service.prefix.wire.prefix_file import MASK_DTYPES, PrefixFile
@@ -38,6 +38,8 @@ class PrefixRequest(RequestModel):
         default=None, description="rows; default 1, or those of attention_mask"
     )
     dtype: KVDtype | None = Field(default=None, description="of keys and values; default that of the stored weights")
+    key_dtype: KVDtype | None = Field(default=None, description="of keys alone; default `dtype`")
+    value_dtype: KVDtype | None = Field(default=None, description="of values alone; default `dtype`")
     layout: Layout = Field(default="layers", description="one key and one value tensor a layer, or one tensor")
     layers: str | None = Field(
         default=None, pattern=_RANGE, max_length=9, description="half-open range of layers, a:b; default all"
@@ -105,7 +107,7 @@ class Plan:
         """Whether the body contains the version's stored keys and values unchanged, once and in one piece."""
         identity, variant = self.file.identity, self.file.variant
         whole = (variant.layers, variant.kv_heads) == ((0, identity.num_layers), (0, identity.num_kv_heads))
-        return self.is_one_rendering and whole and variant.dtype == self.version.weights_dtype
+        return self.is_one_rendering and whole and variant.dtypes.single == self.version.weights_dtype
 
     def renewed(self, version: Version) -> "Plan":
         """Returns the plan of the same answer for a version whose keys and values were encoded again."""
@@ -133,7 +135,7 @@ def make_file(version: Version, request: PrefixRequest, mask: InputMask | None, 
     config = version.prefix_config
     identity = _identity(version, config)
     variant = Variant(
-        dtype=request.dtype or version.weights_dtype,
+        dtypes=_dtypes(request, version.weights_dtype),
         batch_size=_batch_size(request, mask, limits),
         layers=check_span("layers", _span(request.layers), identity.num_layers),
         kv_heads=_kv_heads(request, identity.num_kv_heads),
@@ -184,10 +186,12 @@ def make_mixed_plan(rows: MixedVersions, request: MixedRequest, mask: InputMask 
     prefixes = {ref: _row_prefix(ref, version) for ref, version in dict(chain.from_iterable(rows)).items()}
     asked = zip(rows, request.rows, strict=True)
     found = [Row(tuple(prefixes[ref] for ref, _ in row), isinstance(ask, list)) for row, ask in asked]
-    batch = MixedBatch.of(found, request.dtype)
-    # The variant in which this project's client asks for one prefix, so that both share renderings.
-    options = request.model_dump(exclude={"rows", "mask_dtype"})
-    options |= {"batch_size": 1, "dtype": batch.dtype, "layout": "stacked", "expand": False}
+    batch = MixedBatch.of(found, request.key_dtype or request.dtype, request.value_dtype or request.dtype)
+    # One row of each prefix, as this project's client asks for it, so that both share renderings.
+    options = request.model_dump(exclude={"rows", "mask_dtype"}) | batch.dtypes.as_metadata()
+    options |= {"batch_size": 1, "expand": False}
+    if batch.dtypes.single is not None:
+        options["layout"] = "stacked"
     single = PrefixRequest.model_validate(options)
     versions = {_key(version): version for row in rows for _, version in row}
     plans = {name: make_plan(version, single, None, limits) for name, version in versions.items()}
@@ -268,6 +272,16 @@ def _identity(version: Version, config: PrefixConfig) -> Identity:
         num_kv_heads=config.num_attention_heads or 0,
         head_dim=config.head_dim or 0,
     )
+
+
+def _dtypes(request: PrefixRequest, stored: KVDtype) -> DtypePair:
+    found = DtypePair(request.key_dtype or request.dtype or stored, request.value_dtype or request.dtype or stored)
+    if request.layout == "stacked" and found.single is None:
+        raise InvalidRequest(
+            f"layout=stacked is one tensor of one dtype, and keys would be {found.key} and values {found.value}: ask "
+            "for layout=layers"
+        )
+    return found
 
 
 def _batch_size(request: PrefixRequest, mask: InputMask | None, limits: Limits) -> int:

@@ -21,7 +21,6 @@ from typing import Final
 
 from prefix_service.errors import InvalidInput
 from prefix_service.prefix.wire.prefix_file import PrefixFile
-from prefix_service.prefix.wire.received import read_prefix_file
 from prefix_service.prefix.wire.rendering import Rendering
 from prefix_service.system.disk import translated
 from prefix_service.system.locks import locked
@@ -63,9 +62,7 @@ class SharedFiles:
             )
             _remove(path)
             return rendering
-        tensors = read_prefix_file(memoryview(mapped)).tensors
-        scales = tensors.get("past_key_values_scale")
-        shared = Rendering(tensors["past_key_values"][0], None if scales is None else scales[0], str(path))
+        shared = Rendering(file.canonical.mapped(rendering, memoryview(mapped)), str(path))
         self._files.add(path)
         weakref.finalize(shared, self._forget, path)
         return shared

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from prefix_service.errors import InvalidRequest
 from prefix_service.prefix.buffers import bytes_of
-from prefix_service.prefix.variant import Identity, KVDtype
+from prefix_service.prefix.variant import DtypePair, Identity, KVDtype
 
 MOST_IN_A_ROW: Final = 32
 """The most prefixes that one row may have."""
@@ -78,19 +78,20 @@ class Row:
 
 @dataclass(frozen=True)
 class MixedBatch:
-    """Rows whose prefixes fit one base model, in one dtype."""
+    """Rows whose prefixes fit one base model, with keys in one dtype and values in one."""
 
     rows: tuple[Row, ...]
-    dtype: KVDtype
+    dtypes: DtypePair
 
     @classmethod
-    def of(cls, rows: Sequence[Row], dtype: KVDtype | None = None) -> "MixedBatch":
-        """Checks rows against each other, and returns their batch.
+    def of(
+        cls, rows: Sequence[Row], key_dtype: KVDtype | None = None, value_dtype: KVDtype | None = None
+    ) -> "MixedBatch":
+        """Checks rows against each other, and returns their batch; the default of both dtypes is the stored one.
 
         Raises:
             InvalidRequest: no row has a prefix; a prefix differs from the first in layers, heads or head size; or
-            stored dtypes
-                differ and the caller asked for no `dtype`.
+                stored dtypes differ and the caller did not ask for both dtypes.
         """
         found = [(index, prefix) for index, row in enumerate(rows) for prefix in row.prefixes]
         if not found:
@@ -101,12 +102,12 @@ class MixedBatch:
                 raise InvalidRequest(
                     f"row {index}: {prefix}, but row {first_index}: {first}; the rows of a batch share one base model"
                 )
-            if dtype is None and prefix.dtype != first.dtype:
+            if None in (key_dtype, value_dtype) and prefix.dtype != first.dtype:
                 raise InvalidRequest(
                     f"row {index}: {prefix.ref} is stored as {prefix.dtype}, but row {first_index}: {first.ref} as "
                     f"{first.dtype}; say in dtype which one is wanted"
                 )
-        return cls(tuple(rows), dtype or first.dtype)
+        return cls(tuple(rows), DtypePair(key_dtype or first.dtype, value_dtype or first.dtype))
 
     @cached_property
     def first(self) -> RowPrefix:
@@ -126,8 +127,9 @@ class MixedBatch:
     def byte_runs(self, sources: Sequence[Sequence["TensorBytes"]], heads: int, cells: range) -> Iterator[Bytes]:
         """Yields the bytes of `cells` in order: row by row, head by head.
 
-        A cell is one layer's keys or one layer's values: layer `i` has the cells `2i` and `2i + 1`. `sources` has one
-        tensor per prefix, nested as in `rows`; the runs are bytes of these tensors, and zeros.
+        A cell is one layer's keys or one layer's values. `sources` has one tensor per prefix, nested as in `rows`; it
+        has the cells `2i` and `2i + 1` of layer `i`, or if it holds keys or values alone, cell `i`. The runs are bytes
+        of these tensors, and zeros.
         """
         width = next(source.width for source in chain.from_iterable(sources))
         for row, tensors in zip(self.rows, sources, strict=True):
@@ -175,9 +177,9 @@ def mixed_mask(lengths: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class TensorBytes:
-    """The memory of a tensor `[L', 2, H', n, X]`: `tokens` is n, `width` is the bytes of X.
+    """The memory of a tensor `[L', P, H', n, X]`: `tokens` is n, `width` is the bytes of X, P is 2 for keys and values.
 
-    Heads are numbered in the order of memory, 0 … L' * 2 * H' - 1.
+    Heads are numbered in the order of memory, 0 … L' * P * H' - 1.
     """
 
     data: memoryview
@@ -201,7 +203,7 @@ class TensorBytes:
 
 
 class RepeatedBytes(TensorBytes):
-    """The memory of a tensor `[L', 2, H', 1, X]` whose only token stands for all `tokens` tokens."""
+    """The memory of a tensor `[L', P, H', 1, X]` whose only token stands for all `tokens` tokens."""
 
     def head_bytes(self, head: int) -> Bytes:
         """Returns the bytes of one head's tokens."""

@@ -1,7 +1,7 @@
 """The variant in which a prefix is asked for, and the identity of a prefix: names and numbers alone, without torch."""
 
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Any, Final, Literal, NamedTuple, Self
 
 MEDIA_TYPE: Final = "application/vnd.safetensors"
 SHARED_FILE_TYPE: Final = "application/vnd.prefix-service.shared-file+json"
@@ -34,11 +34,32 @@ class Identity:
     head_dim: int
 
 
+class DtypePair(NamedTuple):
+    """The dtype of keys, and that of values."""
+
+    key: KVDtype
+    value: KVDtype
+
+    @classmethod
+    def both(cls, dtype: KVDtype) -> Self:
+        """Returns the pair of keys and values in one dtype."""
+        return cls(dtype, dtype)
+
+    @property
+    def single(self) -> KVDtype | None:
+        """The dtype of keys and values; None if they have two."""
+        return self.key if self.key == self.value else None
+
+    def as_metadata(self) -> dict[str, KVDtype | None]:
+        """Returns `dtype`, which is None if keys and values have two, `key_dtype` and `value_dtype`."""
+        return {"dtype": self.single, "key_dtype": self.key, "value_dtype": self.value}
+
+
 @dataclass(frozen=True, slots=True)
 class Variant:
     """The variant in which a prefix is asked for; `layers` and `kv_heads` are half-open ranges."""
 
-    dtype: KVDtype
+    dtypes: DtypePair
     batch_size: int
     layers: Span
     kv_heads: Span
@@ -49,3 +70,14 @@ class Variant:
     def rows(self) -> int:
         """The number of times that each key and value is sent: `batch_size` if `expand`, else 1."""
         return self.batch_size if self.expand else 1
+
+    def as_metadata(self) -> dict[str, Any]:
+        """Returns the variant as metadata, by the names of a request's options."""
+        return {
+            **self.dtypes.as_metadata(),
+            "batch_size": self.batch_size,
+            "layers": self.layers,
+            "kv_heads": self.kv_heads,
+            "layout": self.layout,
+            "expand": self.expand,
+        }

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from prefix_service.prefix.variant import KVDtype, Span
+from prefix_service.prefix.variant import DtypePair, Span
 
 
 class VersionKey(NamedTuple):
@@ -29,9 +29,9 @@ class VersionKey(NamedTuple):
 
 
 class RenderingKey(NamedTuple):
-    """The identity of a rendering: a version, and the dtype and ranges that it was rendered with."""
+    """The identity of a rendering: a version, and the dtypes and ranges that it was rendered with."""
 
     version: VersionKey
-    dtype: KVDtype
+    dtypes: DtypePair
     layers: Span
     kv_heads: Span

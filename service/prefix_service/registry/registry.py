@@ -199,13 +199,17 @@ def _copied(kv: PrefixKV, device: torch.device) -> PrefixKV:
 def _render(kv: PrefixKV, key: RenderingKey, share: Callable[[Rendering], Rendering] | None) -> Rendering:
     with torch.inference_mode():
         part = kv.sliced(key.layers, key.kv_heads)
-        rendering = render(part, key.dtype)
+        rendering = render(part, key.dtypes)
         if share is not None:
             rendering = share(rendering)
-        if part.tensor.nbytes < kv.tensor.nbytes and rendering.values.data_ptr() == part.tensor.data_ptr():
-            # A view of a part would keep the whole prefix in memory when it is evicted.
-            rendering = replace(rendering, values=rendering.values.clone())
-        return rendering
+        # A view of a part would keep the whole prefix in memory when it is evicted.
+        whole = kv.tensor.untyped_storage().data_ptr()
+        views = {
+            name: buffer.clone()
+            for name, buffer in rendering.buffers.items()
+            if buffer.nbytes < kv.tensor.nbytes and buffer.untyped_storage().data_ptr() == whole
+        }
+        return replace(rendering, buffers={**rendering.buffers, **views}) if views else rendering
 
 
 def choose_device(name: str) -> torch.device:

@@ -44,11 +44,13 @@ class TierReport:
 
 @dataclass(frozen=True, slots=True)
 class RenderingReport:
-    """One rendering in host memory: its dtype, its layers and heads as a request names them (`0:32`), its bytes, and
-    the lookups since it was made.
+    """One rendering in host memory: its dtypes (`dtype` is null if keys and values have two), its layers and heads as a
+    request names them (`0:32`), its bytes, and the lookups since it was made.
     """
 
-    dtype: str
+    dtype: str | None
+    key_dtype: str
+    value_dtype: str
     layers: str
     kv_heads: str
     nbytes: int

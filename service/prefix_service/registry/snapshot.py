@@ -3,7 +3,7 @@
 import heapq
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Final, Generic, TypeAlias, get_args
 
 from prefix_service.prefix.variant import Span
@@ -120,7 +120,8 @@ def _row(key: VersionKey, entry: Entry[Any], reason: Reason) -> ResidentReport:
 
 
 def _rendering(key: RenderingKey, entry: Entry[Any]) -> RenderingReport:
-    return RenderingReport(key.dtype, _written(key.layers), _written(key.kv_heads), entry.nbytes, entry.uses)
+    ranges = _written(key.layers), _written(key.kv_heads)
+    return RenderingReport(key.dtypes.single, *key.dtypes, *ranges, entry.nbytes, entry.uses)
 
 
 def _written(span: Span) -> str:
@@ -129,7 +130,11 @@ def _written(span: Span) -> str:
 
 
 def _largest(renderings: Sequence[RenderingReport]) -> list[RenderingReport]:
-    return heapq.nsmallest(_MOST_RENDERINGS, renderings, key=lambda one: (-one.nbytes, astuple(one)))
+    return heapq.nsmallest(
+        _MOST_RENDERINGS,
+        renderings,
+        key=lambda one: (-one.nbytes, one.key_dtype, one.value_dtype, one.layers, one.kv_heads),
+    )
 
 
 def _evicted(tier: TierName, key: VersionKey, one: Eviction[Any]) -> EvictionReport:

@@ -239,6 +239,7 @@ def test_digests_of_repeated_rows_keep_nobody_waiting(own: Server, reader: httpx
     assert done.silence < SILENCE
 
 
+@pytest.mark.one_process("HAProxy refuses longer heads itself")
 def test_long_fields_and_paths_are_refused(reader: httpx.Client) -> None:
     """Lists in a header field have 8 KiB, path and query together 8,000 bytes."""
     for name in ("Accept", "If-None-Match", "Want-Repr-Digest"):

@@ -87,6 +87,7 @@ def _owner(server: Server, tenant: str) -> httpx.Client:
     return server.client(admin.post(f"/v1/tenants/{tenant}/keys", json={"scope": "admin"}).json()["key"])
 
 
+@pytest.mark.one_process("what is in memory is each replica's own")
 def test_no_answer_to_a_tenant_depends_on_the_work_of_others(server: Server) -> None:
     """Every GET, before and after another tenant published, moved aliases and read."""
     mine, other = _owner(server, "opaque-mine"), _owner(server, "opaque-other")

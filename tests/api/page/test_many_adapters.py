@@ -16,6 +16,8 @@ from tests.api.page.conftest import Seen
 from tests.benchmarks.growth.folder import BIG, fill, name_of
 from tests.conftest import Server, running_server
 
+pytestmark = pytest.mark.one_process("it fills a data folder")
+
 MANY = 20_000
 MODELS = 100
 SEEN = """() => {

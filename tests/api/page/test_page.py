@@ -107,6 +107,7 @@ def test_now_is_live(service: Server, admin_page: Seen) -> None:
     expect(page.locator(".u-wrap")).to_have_count(4)
 
 
+@pytest.mark.one_process("what is in memory is each replica's own")
 def test_upload_and_residency(admin_page: Seen, adapter_folder: Path) -> None:
     """A folder is published, with the line for the worker; it is found, pinned, seen in memory, and unloaded."""
     page = admin_page.page
@@ -515,6 +516,7 @@ def _require_text(page: Page) -> None:
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
 
 
+@pytest.mark.one_process("what is in memory is each replica's own")
 def test_foreign_text_is_text(service: Server, admin_page: Seen) -> None:
     """Markup, scripts and addresses are shown as they were written, long ones fit, and the direction of text stays."""
     client, page, written = service.client(), admin_page.page, HOSTILE[:20]

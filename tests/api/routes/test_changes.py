@@ -296,6 +296,7 @@ def test_only_what_is_offered_is_accepted(watched: Watched) -> None:
     assert watched.server.client("").get(PATH).status_code == 401
 
 
+@pytest.mark.one_process("it ends the service's process")
 def test_the_end_of_the_service_ends_streams(watched: Watched) -> None:
     """SIGTERM does not wait for streams and waiting callers. This must be the last test."""
     client = watched.clients["acme read"]

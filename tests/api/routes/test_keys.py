@@ -118,6 +118,12 @@ def test_what_is_no_end(admin: httpx.Client, path: str, body: dict[str, Any]) ->
     assert admin.get(f"{path}/{key['id']}").json()["expires"] == "2999-12-31T00:00:00Z"
 
 
+def test_a_name_with_a_control_character_is_refused(admin: httpx.Client, path: str) -> None:
+    """The error says which, on either catalog."""
+    told = problem(admin.post(path, json={"scope": "read", "name": "a\0b"}), 422, "invalid-request")
+    assert "character 1 is U+0000" in told["detail"]
+
+
 def test_the_past_is_told_with_the_time_of_the_service(admin: httpx.Client, path: str) -> None:
     """The error has the service's time, so that a wrong clock is found."""
     key = made(admin, path)

@@ -1,6 +1,7 @@
 """`POST /v1/prefixes` answers rows with different adapters, lengths and tenants, none, or several prefixes."""
 
 from collections.abc import Sequence
+from itertools import permutations
 from typing import Any
 
 import httpx
@@ -126,6 +127,34 @@ def test_float8_has_the_scales_of_each_token(client: httpx.Client, layout: str) 
     assert not decoded.movedim(axis, 1)[~visible].any()
 
 
+@pytest.mark.parametrize(("key", "value"), list(permutations(["float32", "float16", "bfloat16", "float8_e4m3fn"], 2)))
+def test_keys_and_values_in_two_dtypes(client: httpx.Client, key: str, value: str) -> None:
+    """Each half has the bits that the same batch has in its dtype alone."""
+    options = {"rows": ROWS, "layers": "1:2", "kv_heads": "0:1"}
+    answer = client.post(PATH, json={**options, "key_dtype": key, "value_dtype": value})
+    found = tensors_of(answer)
+    for dtype, part in ((key, ".key"), (value, ".value")):
+        alone = tensors_of(client.post(PATH, json={**options, "dtype": dtype}))
+        names = {name for name in alone if part in name}
+        assert names == {name for name in found if part in name}
+        for name in names:
+            assert_same(found[name], alone[name])
+    assert about_of(answer.content)["dtype"] is None
+    refused = client.post(PATH, json={**options, "key_dtype": key, "value_dtype": value, "layout": "stacked"})
+    assert f"keys would be {key} and values {value}" in problem(refused, 422, "invalid-request")["detail"]
+
+
+def test_both_dtypes_are_required_where_stored_ones_differ(client: httpx.Client) -> None:
+    """One of them leaves the other one open."""
+    rows = ["mixa/three", "mixa/half"]
+    assert (
+        "say in dtype"
+        in problem(client.post(PATH, json={"rows": rows, "key_dtype": "float16"}), 422, "invalid-request")["detail"]
+    )
+    both = client.post(PATH, json={"rows": rows, "key_dtype": "float16", "value_dtype": "float32"})
+    assert about_of(both.content)["key_dtype"] == "float16"
+
+
 @pytest.mark.parametrize("mask_dtype", [None, "int64", "float32", "bool"])
 def test_masks_and_positions(client: httpx.Client, mask_dtype: str | None) -> None:
     """The input's mask follows that of the prefixes, and positions begin after the row's own prefix."""
@@ -166,6 +195,8 @@ def test_metadata_tells_the_rows(client: httpx.Client) -> None:
         "num_kv_heads": 2,
         "head_dim": 4,
         "dtype": "float32",
+        "key_dtype": "float32",
+        "value_dtype": "float32",
         "batch_size": 6,
         "layers": [0, 2],
         "kv_heads": [0, 2],

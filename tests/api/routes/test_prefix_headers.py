@@ -76,7 +76,17 @@ def test_etag_is_strong_and_the_same_for_the_same_request(client: httpx.Client) 
 
 def test_etag_differs_where_bytes_differ(client: httpx.Client) -> None:
     """Every option that changes the bytes changes the entity tag."""
-    queries = ["", "batch_size=2", "dtype=float16", "dtype=float8_e4m3fn", "layout=stacked", "layers=0:1", "layers=1:2"]
+    queries = [
+        "",
+        "batch_size=2",
+        "dtype=float16",
+        "dtype=float8_e4m3fn",
+        "key_dtype=float16",
+        "value_dtype=float16",
+        "layout=stacked",
+        "layers=0:1",
+        "layers=1:2",
+    ]
     queries += ["kv_heads=0:1", "mask_dtype=bool", "mask_dtype=float32", "expand=false", "batch_size=2&expand=false"]
     answers = [client.get(f"{PREFIX}?{query}") for query in queries]
     for one, other in combinations(answers, 2):

@@ -1,6 +1,7 @@
 """`GET …/prefix` answers every option with the values that PEFT computed for the corpus."""
 
 import json
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,60 @@ def test_dtype_defaults_to_that_of_the_stored_weights(client: httpx.Client) -> N
     answer = client.get(PREFIX.replace("llama", "bf16"), params={"layout": "stacked"})
     assert about_of(answer.content)["dtype"] == "bfloat16"
     assert_same(tensors_of(answer)["past_key_values"], _stacked(BF16).to(torch.bfloat16))
+
+
+DTYPES = ("float32", "float16", "bfloat16", "float8_e4m3fn")
+
+
+@pytest.mark.parametrize(("case", "heads"), [("llama", "0:2"), ("bf16", "1:2"), ("t5", "0:4"), ("mlp", "0:1")])
+def test_keys_and_values_in_two_dtypes(client: httpx.Client, case: str, heads: str) -> None:
+    """Each half is torch's own cast, as it is alone, for any layers, heads and rows; float8 has its scales."""
+    path = PREFIX.replace("llama", case)
+    options: dict[str, Any] = {"layers": "1:3", "kv_heads": heads, "batch_size": 2}
+    exact = tensors_of(client.get(path, params={**options, "dtype": "float32"}))
+    alone = {dtype: tensors_of(client.get(path, params={**options, "dtype": dtype})) for dtype in DTYPES}
+    for key, value in permutations(DTYPES, 2):
+        answer = client.get(path, params={**options, "key_dtype": key, "value_dtype": value})
+        about, tensors = about_of(answer.content), tensors_of(answer)
+        assert (about["dtype"], about["key_dtype"], about["value_dtype"]) == (None, key, value)
+        assert_same(tensors.pop("attention_mask"), alone[key]["attention_mask"])
+        names = {name for name in alone[key] if ".key" in name} | {name for name in alone[value] if ".value" in name}
+        assert tensors.keys() == names
+        for name, tensor in tensors.items():
+            dtype = key if ".key" in name else value
+            assert_same(tensor, alone[dtype][name])
+            if dtype != "float8_e4m3fn":
+                assert_same(tensor, exact[name].to(getattr(torch, dtype)))
+            elif not name.endswith("_scale"):
+                assert_same(tensor, (exact[name] / tensors[f"{name}_scale"]).to(torch.float8_e4m3fn))
+
+
+def test_each_dtype_falls_back_to_dtype(client: httpx.Client) -> None:
+    """`key_dtype` and `value_dtype` fall back to `dtype`, and that to the stored one; two names mean one answer."""
+
+    def about(**options: Any) -> tuple[str | None, str, str]:
+        answer = client.get(PREFIX, params=options)
+        found = about_of(answer.content)
+        assert answer.headers["etag"] not in seen or seen[answer.headers["etag"]] == answer.content
+        seen[answer.headers["etag"]] = answer.content
+        return found["dtype"], found["key_dtype"], found["value_dtype"]
+
+    seen: dict[str, bytes] = {}
+    assert about() == ("float32", "float32", "float32")
+    assert about(key_dtype="float16") == (None, "float16", "float32")
+    assert about(value_dtype="float16") == (None, "float32", "float16")
+    assert about(dtype="float16", value_dtype="bfloat16") == (None, "float16", "bfloat16")
+    assert about(key_dtype="float16", value_dtype="bfloat16") == (None, "float16", "bfloat16")
+    assert about(dtype="float16", key_dtype="float32", value_dtype="float32") == ("float32", "float32", "float32")
+    assert len(seen) == 4, "equal pairs have equal entity tags"
+
+
+def test_two_dtypes_are_not_stacked(client: httpx.Client) -> None:
+    """One tensor has one dtype: the error says which two it would have."""
+    refused = client.get(PREFIX, params={"layout": "stacked", "key_dtype": "float16"})
+    assert "keys would be float16 and values float32" in problem(refused, 422, "invalid-request")["detail"]
+    answer = client.get(PREFIX, params={"layout": "stacked", "key_dtype": "float16", "value_dtype": "float16"})
+    assert_same(tensors_of(answer)["past_key_values"], _stacked(LLAMA).to(torch.float16))
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -192,6 +247,8 @@ def test_metadata(client: httpx.Client, versions: dict[str, dict[str, Any]]) -> 
         "num_kv_heads": HEADS,
         "head_dim": DIM,
         "dtype": "float16",
+        "key_dtype": "float16",
+        "value_dtype": "float16",
         "batch_size": 2,
         "layers": [1, 3],
         "kv_heads": [0, 1],

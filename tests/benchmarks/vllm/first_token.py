@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import save_file
 
-from prefix_service.cli.demo.model import HOW_TO_GET_IT, LanguageModel, find_model
+from prefix_service.cli.demo.model import HOW_TO_GET_IT, find_model
 from prefix_service.client import PrefixClient
 from tests.benchmarks.speed.harness import QUIET, Chart, Outcome, Spread, in_turns, machine, say
 from tests.benchmarks.tables import Grid
@@ -49,7 +49,7 @@ def measure(*, quick: bool) -> Outcome:
         model = save_model(gguf, folder / "model")
         server = stack.enter_context(running_server(folder / "data", environment=QUIET))
         for length in lengths:
-            publish(server, f"bench/n{length}", _adapter(folder / f"n{length}", model, length))
+            publish(server, f"bench/n{length}", write_adapter(folder / f"n{length}", model.model.config, length))
         started = stack.enter_context(
             engine(
                 folder / "engine",
@@ -67,15 +67,14 @@ def measure(*, quick: bool) -> Outcome:
     return _outcome(found)
 
 
-def _adapter(folder: Path, model: LanguageModel, tokens: int) -> Path:
-    """Writes an adapter as PEFT would, with random values of the size that trained ones have."""
-    config = model.model.config
+def write_adapter(folder: Path, config: Any, tokens: int, dtype: torch.dtype = torch.float32) -> Path:
+    """Writes an adapter for a model's config as PEFT would, with random values of the size that trained ones have."""
     heads, layers = config.num_key_value_heads, config.num_hidden_layers
     folder.mkdir()
     told = {
         "peft_type": "PREFIX_TUNING",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": "SmolLM2-135M-Instruct",
+        "base_model_name_or_path": config.model_type,
         "inference_mode": True,
         "num_virtual_tokens": tokens,
         "num_layers": layers,
@@ -88,7 +87,7 @@ def _adapter(folder: Path, model: LanguageModel, tokens: int) -> Path:
     (folder / "adapter_config.json").write_text(json.dumps(told))
     width = layers * 2 * heads * config.head_dim
     weights = torch.randn(tokens, width, generator=torch.Generator().manual_seed(tokens))
-    save_file({"prompt_embeddings": weights}, folder / "adapter_model.safetensors")
+    save_file({"prompt_embeddings": weights.to(dtype)}, folder / "adapter_model.safetensors")
     return folder
 
 
@@ -97,15 +96,23 @@ def _cases(started: Engine, server: Server, tuned: Any, length: int) -> dict[str
     words = random.Random(length)  # noqa: S311
     prompt = [words.randrange(100, 40_000) for _ in range(_PROMPT)]
     text = [words.randrange(100, 40_000) for _ in range(length)]
-    behind, plain = {"prompt": prompt, "adapter": f"bench/n{length}"}, {"prompt": text + prompt}
+    peft = {PEFT: partial(_peft_seconds, tuned, torch.tensor([prompt]))}
+    return {**engine_cases(started, server, f"bench/n{length}", prompt, text, "float32"), **peft}
+
+
+def engine_cases(
+    started: Engine, server: Server, reference: str, prompt: list[int], text: list[int], dtype: str
+) -> dict[str, Callable[[], float]]:
+    """Returns the cases of an engine, each of which gives the seconds of one request: a prompt behind an adapter, or
+    behind a text of as many tokens."""
+    behind, plain = {"prompt": prompt, "adapter": reference}, {"prompt": text + prompt}
     return {
         NEW: partial(request_seconds, started, behind, "all"),
         FETCHED: partial(request_seconds, started, behind, "blocks"),
         BLOCKS: partial(request_seconds, started, behind, None),
         TEXT: partial(request_seconds, started, plain, "blocks"),
         TEXT_BLOCKS: partial(request_seconds, started, plain, None),
-        TRANSFER: partial(_transfer_seconds, server, f"bench/n{length}"),
-        PEFT: partial(_peft_seconds, tuned, torch.tensor([prompt])),
+        TRANSFER: partial(_transfer_seconds, server, reference, dtype),
     }
 
 
@@ -121,12 +128,12 @@ def request_seconds(started: Engine, job: dict[str, Any], forget: str | None) ->
     return float(answer["seconds"])
 
 
-def _transfer_seconds(server: Server, reference: str) -> float:
+def _transfer_seconds(server: Server, reference: str, dtype: Any) -> float:
     """Returns the seconds in which a client that knows nothing of an adapter gets it."""
     with PrefixClient(server.url, server.admin_key, cache_bytes=0) as client:
-        client.inspect("bench/n20")  # connects
+        client.inspect(reference)  # connects
         began = time.perf_counter()
-        client.get(reference, dtype="float32")
+        client.get(reference, dtype=dtype)
         return time.perf_counter() - began
 
 

@@ -74,8 +74,9 @@ def replica(folder: Path, watchers: int) -> Iterator[tuple[Server, PostgreSQL]]:
         server.remove()
 
 
-def measure(watchers: int, seconds: float) -> Found:
-    """Measures a replica without watchers and with them, each for so many seconds."""
+def measure(watchers: int, seconds: float, settled: float = _HEARTBEAT) -> Found:
+    """Measures a replica without watchers and with them, each for so many seconds; `settled` seconds after the watchers
+    have come."""
     with tempfile.TemporaryDirectory() as folder, replica(Path(folder), watchers) as (server, postgresql):
         admin, port = server.client(), urlsplit(server.url).port or 0
         keys = []
@@ -89,7 +90,7 @@ def measure(watchers: int, seconds: float) -> Found:
         began = time.monotonic()
         with crowd(port, keys, watchers) as processes:
             opened = time.monotonic() - began
-            time.sleep(_HEARTBEAT)
+            time.sleep(settled)
             beside = _load(server, postgresql, seconds)
             began = time.monotonic()
             for number in range(_TENANTS):

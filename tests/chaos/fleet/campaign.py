@@ -54,10 +54,10 @@ def _longest_pause(sent: Sequence[float], began: float) -> float:
 
 
 @contextmanager
-def campaign() -> Iterator[FleetCampaign]:
-    """Yields a fleet in use, which ends with the block."""
+def campaign(tenants: int = 4) -> Iterator[FleetCampaign]:
+    """Yields a fleet in use, which ends with the block. Each tenant has an owner who changes its adapters."""
     with fleet() as (running, refused):
-        truth = Truth(tenants=4, adapters=2)
+        truth = Truth(tenants=tenants, adapters=2)
         work = FleetWork(running, truth)
         work.prepare()
         with work.running():

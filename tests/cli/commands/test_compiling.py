@@ -10,21 +10,10 @@ from safetensors.torch import load_file
 from prefix_service.checkpoints.base_models import read_fingerprint
 from prefix_service.client import PrefixClient
 from prefix_service.client.transformers import compile_prefix, text_tokens
-from tests.architectures import base
 from tests.cli.conftest import Run, on_terminal
 from tests.client.transformers.test_texts import CHATML, TEXT, tokenizer
 from tests.commands import PREFIX_SERVICE
 from tests.conftest import Server
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns the folder of a tiny language model with a tokenizer and a chat template."""
-    folder = tmp_path_factory.mktemp("model")
-    config = base("llama").config.to_dict() | {"vocab_size": len(tokenizer()), "max_position_embeddings": 96}
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).save_pretrained(folder)
-    tokenizer(CHATML).save_pretrained(folder)
-    return folder
 
 
 def test_a_text_is_compiled_and_published(server: Server, run: Run, model: Path, tmp_path: Path) -> None:

@@ -37,11 +37,26 @@ def test_fetch_saves_what_peft_computes(run: Run, tmp_path: Path) -> None:
     assert saved["attention_mask"].shape == (3, 20)
 
 
+def test_fetch_takes_two_dtypes(run: Run, tmp_path: Path) -> None:
+    """Each half is rounded to its own dtype and saved in float32, and the saved metadata says so."""
+    run("publish", LLAMA, "cli/fetched")
+    done = run(
+        "fetch", "cli/fetched", "--dtype", "float16", "--key-dtype", "bfloat16", "-o", tmp_path / "two", "--json"
+    )
+    assert json.loads(done.stdout)["key_dtype"] == "bfloat16", done.stderr
+    expected = load_file(CORPUS / "cases/llama-n20-emb/expected.safetensors")
+    with safe_open(tmp_path / "two", "pt") as saved:
+        for part, dtype in (("key", torch.bfloat16), ("value", torch.float16)):
+            found, exact = saved.get_tensor(f"past_key_values.1.{part}"), expected[f"b1.layers.1.{part}"]
+            assert torch.equal(found, exact.to(dtype).float())
+        assert json.loads(saved.metadata()["prefix"])["key_dtype"] == "float32"
+
+
 def test_fetch_refuses_a_dtype_that_is_none(run: Run) -> None:
     """The error lists the dtypes that the service can send."""
-    refused = run("fetch", "cli/fetched", "--dtype", "int4")
+    refused = run("fetch", "cli/fetched", "--value-dtype", "int4")
     assert refused.returncode == 1
-    assert "float8_e4m3fn" in refused.stderr
+    assert "value_dtype must be one of float32, float16, bfloat16, float8_e4m3fn" in " ".join(refused.stderr.split())
 
 
 @pytest.mark.parametrize("case", sorted(path.name for path in (CORPUS / "cases").iterdir()))

@@ -78,20 +78,28 @@ def test_several_workers_serve_one_folder(tmp_path: Path) -> None:
         assert answers == {200}
 
 
+@pytest.mark.parametrize("is_ready", [True, False])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_ends_it_in_order(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_ends_it_in_order(tmp_path: Path, number: signal.Signals, is_ready: bool) -> None:
     """SIGTERM, or the SIGHUP of a terminal that closes, ends the service with status 0 once it has answered the request
-    under way; it prints only lines of the log, and never the key."""
+    under way. Until then it says that it is not ready, whether or not it was, and answers what comes over kept and new
+    connections. It prints only lines of the log, and never the key."""
     skip_under_nohup(number)
-    with running_server(tmp_path / "data") as server:
+    with running_server(tmp_path / "data") as server, httpx.Client(base_url=server.url) as kept:
         key, body = server.admin_key, b'{"max_adapters": 3}'
+        if not is_ready:
+            (server.data_dir / "blobs").rename(tmp_path / "away")
+            eventually(lambda: httpx.get(f"{server.url}/readyz").status_code == 503)
+        kept.get("/livez")
         fields = {"Authorization": f"Bearer {key}", "Content-Type": "application/json", "Connection": "close"}
         address = urlsplit(server.url)
         with socket.create_connection((address.hostname, address.port), timeout=60) as one:
             one.sendall(head("PUT", "/v1/tenants/late", **fields, Content_Length=str(len(body)), Expect="100-continue"))
             assert one.recv(100).startswith(b"HTTP/1.1 100")
             server.process.send_signal(number)
-            eventually(lambda: not _is_listening(server.url))
+            eventually(lambda: "the service ends" in httpx.get(f"{server.url}/readyz").text)
+            answer = kept.get("/v1/tenants/late")
+            assert (answer.status_code, answer.headers["connection"]) == (401, "close")
             one.sendall(body)
             assert one.recv(100).startswith(b"HTTP/1.1 201")
         assert server.process.wait(timeout=90) == 0
@@ -101,15 +109,6 @@ def test_a_signal_ends_it_in_order(tmp_path: Path, number: signal.Signals) -> No
     assert (serving["version"], serving["at"]) == ("0.1.0", server.url)
     assert "Traceback" not in printed
     assert key not in printed
-
-
-def _is_listening(url: str) -> bool:
-    address = urlsplit(url)
-    try:
-        socket.create_connection((address.hostname, address.port), timeout=60).close()
-    except ConnectionError:
-        return False
-    return True
 
 
 def test_a_terminal_gets_lines_for_people(tmp_path: Path) -> None:

@@ -139,6 +139,7 @@ def test_other_callers_and_services_find_nothing(server: Server, adapter: str, t
     assert server.admin_key.encode() not in b"".join(path.read_bytes() for path in files(tmp_path))
 
 
+@pytest.mark.one_process("a foreign transport has one address, and the cache on disk keeps bodies by address")
 def test_without_a_key_versions_are_revalidated(tmp_path: Path) -> None:
     """Without a key versions are revalidated, because an earlier `--dev` service at the address may have had others."""
     cache = tmp_path / "cache"

@@ -114,6 +114,7 @@ def test_what_is_written_reaches_no_other_call(
 FORMS: list[dict[str, Any]] = [
     {"batch_size": 4},
     {"dtype": "float8_e4m3fn"},
+    {"key_dtype": "bfloat16", "value_dtype": "float8_e4m3fn"},
     {"dtype": "bfloat16", "layers": (0, 1)},
     {"batch_size": 2, "materialise": True},
 ]

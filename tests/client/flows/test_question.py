@@ -14,6 +14,7 @@ from safetensors.torch import save
 
 from prefix_service.client import AsyncPrefixClient, Prefix, PrefixClient
 from prefix_service.client.cache.disk_cache import DiskCache, Entry
+from prefix_service.client.flows.question import Question
 from prefix_service.errors import InvalidResponse
 from tests.client.conftest import Awaited, Counting
 from tests.client.hostile import BODY, answer, hostile_server, says
@@ -71,6 +72,9 @@ SWAPS: dict[str, tuple[str, dict[str, Any], bytes, bytes]] = {
     "digest": ("swap/a@{digest}", {}, b"a@{digest}/", b"a@2/"),
     "dtype of the same size": ("swap/a@1", {"dtype": "float16"}, b"dtype=float16", b"dtype=bfloat16"),
     "stored dtype": ("swap/a@1", {}, b"expand=false", b"expand=false&dtype=float8_e4m3fn"),
+    "dtype of keys": ("swap/a@1", {"key_dtype": "float16"}, b"key_dtype=float16", b"value_dtype=float16"),
+    "dtype of values": ("swap/a@1", {"value_dtype": "float16"}, b"&value_dtype=float16", b""),
+    "stored dtype of keys": ("swap/a@1", {"value_dtype": "float16"}, b"layout", b"key_dtype=float8_e4m3fn&layout"),
     "layers": ("swap/a@1", {"layers": (0, 1)}, b"layers=0%3A1", b"layers=1%3A2"),
     "stage": ("swap/a@1", {"pp": (0, 1)}, b"layers=0%3A1", b"layers=1%3A2"),
     "heads": ("swap/a@1", {"kv_heads": (0, 1)}, b"kv_heads=0%3A1", b"kv_heads=1%3A2"),
@@ -119,6 +123,17 @@ def test_the_error_says_what_was_asked_and_what_came(proxy: Meddler, server: Ser
         "the answer is not about swap/a@1 (dtype=float16, layers=(0, 1)): "
         "it has tenant 'other' instead of 'swap', layers [1, 2] instead of [0, 1]"
     )
+
+
+@pytest.mark.parametrize("wanted", [{"key_dtype": "float16"}, {"dtype": "float16", "value_dtype": "float32"}], ids=str)
+def test_an_older_service_that_ignores_two_dtypes_is_an_error(wanted: dict[str, Any]) -> None:
+    """Its metadata has `dtype` alone, which is compared with both."""
+    about = {"tenant": "a", "adapter": "b", "version": 1, "digest": "c", "num_layers": 2, "num_kv_heads": 2}
+    about |= {"layers": [0, 2], "kv_heads": [0, 2], "batch_size": 1, "layout": "layers", "expand": False}
+    question = Question.of("a/b", {**wanted})  # type: ignore[typeddict-item]  # the keys are those of PrefixOptions
+    with pytest.raises(InvalidResponse, match=r"it has key_dtype 'bfloat16' instead of 'float16'"):
+        question.require_answer({**about, "dtype": "bfloat16"}, {})
+    question.require_answer({**about, "dtype": None, "key_dtype": "float16", "value_dtype": "float32"}, {})
 
 
 def test_an_httpx_transport_of_ones_own_is_compared_too(proxy: Meddler, server: Server) -> None:
@@ -253,8 +268,7 @@ def test_a_wrong_body_in_the_cache_on_disk_is_removed_and_fetched_again(
         tag = http.get(f"/v1/tenants/swap/adapters/{reference.partition('/')[2]}/{query}").headers["etag"]
     writer = connect(server.url, cache_dir=tmp_path)
     disk: DiskCache = getattr(writer, "_client", writer)._reading.disk
-    selector = reference.partition("@")[2] or "latest"
-    disk.store(("swap", "a", selector, None, None, None, None), Entry(bytearray(wrong), tag))
+    disk.store(Question.of(reference, {}).key, Entry(bytearray(wrong), tag))
     (before,) = [path.read_bytes() for path in tmp_path.iterdir()]
     with PrefixClient(server.url, server.admin_key) as direct, caplog.at_level(logging.WARNING):
         assert is_same(connect(server.url, cache_dir=tmp_path).get(reference), direct.get(reference))

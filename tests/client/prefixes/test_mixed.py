@@ -17,7 +17,7 @@ from prefix_service.client.transformers.caches import to_cache
 from prefix_service.client.transformers.generation import generate
 from prefix_service.errors import ConnectionFailed, DimensionMismatch, InvalidReference, InvalidRequest, NotFound
 from prefix_service.prefix.kv import extend_mask, position_ids
-from prefix_service.prefix.wire.received import read_prefix_file
+from prefix_service.prefix.wire.received import Received, read_prefix_file
 from tests.architectures import NAMED, VOCABULARY, base
 from tests.client.conftest import GPT2, LLAMA, Counting
 from tests.conftest import CORPUS, Publish, Server
@@ -214,8 +214,19 @@ FORMS: list[dict[str, Any]] = [
     {"dtype": "float32"},
     {"dtype": "bfloat16"},
     {"dtype": "float8_e4m3fn"},
+    {"key_dtype": "bfloat16", "value_dtype": "float8_e4m3fn"},
+    {"dtype": "float16", "value_dtype": "float8_e4m3fn", "layers": (1, 3)},
     {"layers": (1, 3), "kv_heads": (1, 2)},
 ]
+
+
+def _sent(received: Received, layer: int, part: str) -> Tensor:
+    """Returns keys or values as they were sent; float8 by its scales, and two dtypes in float32."""
+    name = f"past_key_values.{layer}.{part}"
+    values, scales = received.tensors[name], received.tensors.get(f"{name}_scale")
+    if scales is not None:
+        return values.float() * scales
+    return values if received.metadata["dtype"] else values.float()
 
 
 @pytest.mark.parametrize("options", FORMS, ids=str)
@@ -226,12 +237,13 @@ def test_it_is_what_the_service_sends(
     mixed_of("llama")
     rows = [_named("llama", row) for row in ROWS]
     found = client.get_many(rows, attention_mask=LEFT, **options)
-    spans = {name: f"{span[0]}:{span[1]}" for name, span in options.items() if name != "dtype"}
-    body = {"rows": rows, "attention_mask": LEFT.tolist(), "layout": "stacked", **options, **spans}
+    spans = {name: f"{span[0]}:{span[1]}" for name, span in options.items() if "dtype" not in name}
+    body = {"rows": rows, "attention_mask": LEFT.tolist(), **options, **spans}
     received = read_prefix_file(bytearray(admin.post("/v1/prefixes", json=body).content))
-    sent = received.tensors["past_key_values"]
-    if "float8" in str(options):
-        sent = sent.to(torch.float32) * received.tensors["past_key_values_scale"]
+    layers = received.metadata["layers"]
+    sent = torch.stack(
+        [torch.stack([_sent(received, n, part) for part in ("key", "value")], 1) for n in range(*layers)], 1
+    )
     assert found.stacked.dtype == sent.dtype
     assert torch.equal(found.stacked, sent)
     assert torch.equal(found.attention_mask, received.tensors["attention_mask"])

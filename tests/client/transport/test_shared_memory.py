@@ -116,6 +116,14 @@ def test_they_are_what_peft_computes(client: Any) -> None:
         assert torch.equal(value, expected[f"b3.layers.{layer}.value"])
 
 
+def test_two_dtypes_are_decoded(client: Any, receiving: PrefixClient) -> None:
+    """A mapped prefix of two dtypes is the one that is received."""
+    form: dict[str, Any] = {"key_dtype": "float16", "value_dtype": "bfloat16"}
+    one, other = (each.get("same/llama", **form).kv.tensor for each in (client, receiving))
+    assert one.dtype == torch.float32
+    assert torch.equal(one, other)
+
+
 def test_float8_is_decoded(client: Any, receiving: PrefixClient) -> None:
     """A mapped float8 prefix is decoded to float32, in memory of the worker."""
     one, other = (each.get("same/llama", dtype="float8_e4m3fn").kv.tensor for each in (client, receiving))

@@ -52,7 +52,7 @@ def test_what_waits_begins_tenant_by_tenant() -> None:
 
 
 def _orders(shelf: Shelf) -> list[str]:
-    return [reference for _, (reference,) in shelf.take_orders([]).fetches]
+    return [reference for _, (reference,), _ in shelf.take_orders([]).fetches]
 
 
 def test_a_parcel_is_here_when_every_worker_has_it_and_stays_while_there_is_room() -> None:
@@ -71,7 +71,7 @@ def test_a_parcel_is_here_when_every_worker_has_it_and_stays_while_there_is_room
     shelf.leave("r3", first)
     other = shelf.want("r4", "acme", ("b",), 6)
     orders = shelf.take_orders([Load("r", first.number)])
-    assert (orders.drops, orders.fetches) == ([first.number], [(other.number, ("b",))])
+    assert (orders.drops, orders.fetches) == ([first.number], [(other.number, ("b",), None)])
     with pytest.raises(OutOfSpace, match="large has 11 bytes on each worker, more than all of cache_bytes, 10"):
         shelf.want("r5", "acme", ("large",), 11)
 
@@ -98,7 +98,7 @@ def test_a_failure_reaches_those_who_wait_and_nobody_later() -> None:
     assert parcel.error is not None
     again = shelf.want("r2", "acme", ("a",), 10)
     orders = shelf.take_orders([])
-    assert (orders.drops, orders.fetches) == ([parcel.number], [(again.number, ("a",))])
+    assert (orders.drops, orders.fetches) == ([parcel.number], [(again.number, ("a",), None)])
     shelf.leave("r1", parcel)
     assert shelf.take_orders([]).drops == []
 
@@ -186,7 +186,7 @@ class ShelfMachine(RuleBasedStateMachine):
         for number in orders.drops:
             del self.held[number]
             self.silent.pop(number, None)
-        for number, references in orders.fetches:
+        for number, references, _ in orders.fetches:
             assert parcels[number].references == references  # somebody waits for it
             self.held[number], self.silent[number] = parcels[number], self.WORKERS
 

@@ -32,7 +32,7 @@ def _layer(group: int, block_size: int, *, heads: int = 2, size: int = 4, backen
 
 def _worker(*layers: Layer, model: Model = _MODEL) -> WorkerHalf:
     source: Any = SimpleNamespace(close=None)
-    worker = WorkerHalf(source, model, (0, 2))
+    worker = WorkerHalf(source, model, (0, 2), 1 << 20)
     worker.register(dict(enumerate(layers)))
     return worker
 
@@ -112,4 +112,4 @@ def test_layers_that_a_prefix_does_not_fit_end_the_start() -> None:
         _worker(_layer(0, 4, backend=SimpleNamespace()))
     source: Any = SimpleNamespace(close=None)
     with pytest.raises(InvalidRequest, match=r"attention in every layer, and found it in \[0, 2\]"):
-        WorkerHalf(source, _MODEL, (0, 2)).register({0: _layer(0, 4), 2: _layer(0, 4)})
+        WorkerHalf(source, _MODEL, (0, 2), 1 << 20).register({0: _layer(0, 4), 2: _layer(0, 4)})

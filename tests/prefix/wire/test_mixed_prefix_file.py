@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from prefix_service.prefix.mixed import MixedBatch, Row, RowPrefix
-from prefix_service.prefix.variant import Identity, Layout, Variant
+from prefix_service.prefix.variant import DtypePair, Identity, Layout, Variant
 from prefix_service.prefix.wire.masks import AttentionMask
 from prefix_service.prefix.wire.mixed_prefix_file import MixedPrefixFile
 from prefix_service.prefix.wire.received import read_prefix_file
@@ -33,11 +33,11 @@ def test_long_rows_are_sent_where_they_lie(layout: Layout, tensors: list[Tensor]
     long, short, middle = (_part(tokens) for tokens in LENGTHS)
     rows = [Row((long,)), Row((short,)), Row(), Row((middle, short), is_list=True)]
     batch = MixedBatch.of(rows)
-    variant = Variant("float32", 4, (0, 1), (0, 2), layout, expand=True)
+    variant = Variant(DtypePair.both("float32"), 4, (0, 1), (0, 2), layout, expand=True)
     file = MixedPrefixFile(
         batch, variant, {"attention_mask": AttentionMask(4, LENGTHS[0], torch.int64, lengths=batch.lengths)}
     )
-    renderings = [Rendering(tensor, None) for tensor in tensors]
+    renderings = [Rendering({"key_value": tensor}) for tensor in tensors]
     sources = [[renderings[0]], [renderings[1]], [], [renderings[2], renderings[1]]]
     chunks: list[Any] = list(file.chunks(sources))
     assert max(map(len, chunks)) <= 8 << 20

@@ -5,7 +5,8 @@ import struct
 import tracemalloc
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from itertools import product
+from typing import Any, get_args
 
 import pytest
 import rfc8785
@@ -18,7 +19,7 @@ from torch import Tensor
 from prefix_service.errors import InvalidResponse
 from prefix_service.prefix.buffers import bytes_of
 from prefix_service.prefix.kv import PrefixKV
-from prefix_service.prefix.variant import Identity, KVDtype, Layout, MaskDtype, Span, Variant
+from prefix_service.prefix.variant import DtypePair, Identity, KVDtype, Layout, MaskDtype, Span, Variant
 from prefix_service.prefix.wire.masks import AttentionMask
 from prefix_service.prefix.wire.prefix_file import MASK_DTYPES, PrefixFile
 from prefix_service.prefix.wire.received import Received, read_kv, read_prefix_file
@@ -37,8 +38,9 @@ def asked(
     expand: bool = True,
     layers: Span = (0, L),
     heads: Span = (0, H),
+    value_dtype: KVDtype | None = None,
 ) -> Variant:
-    return Variant(dtype, rows, layers, heads, layout, expand)
+    return Variant(DtypePair(dtype, value_dtype or dtype), rows, layers, heads, layout, expand)
 
 
 def file_of(variant: Variant, mask: MaskDtype = "int64", identity: Identity = IDENTITY) -> PrefixFile:
@@ -46,38 +48,41 @@ def file_of(variant: Variant, mask: MaskDtype = "int64", identity: Identity = ID
 
 
 def rendering_of(variant: Variant, kv: PrefixKV = WHOLE) -> Rendering:
-    return render(kv.sliced(variant.layers, variant.kv_heads), variant.dtype)
+    return render(kv.sliced(variant.layers, variant.kv_heads), variant.dtypes)
 
 
 def body_of(file: PrefixFile, kv: PrefixKV = WHOLE, start: int = 0, stop: int | None = None) -> bytes:
     return b"".join(file.chunks(rendering_of(file.variant, kv), start, stop))
 
 
+dtypes = st.sampled_from(list(KV_DTYPES))
 variants = st.builds(
     asked,
-    dtype=st.sampled_from(list(KV_DTYPES)),
+    dtype=dtypes,
+    value_dtype=dtypes,
     rows=st.integers(1, 3),
     layout=st.sampled_from(["layers", "stacked"]),
     expand=st.booleans(),
     layers=st.sampled_from([(0, L), (1, 2), (1, 3)]),
     heads=st.sampled_from([(0, H), (1, 2)]),
-)
+).filter(lambda variant: variant.dtypes.single is not None or variant.layout == "layers")
 files = st.builds(file_of, variants, st.sampled_from(list(MASK_DTYPES)))
 
 # A version of one layer, one head, one token of size 2: the key is [1, -2], the value [0.5, 3].
 TINY = PrefixKV.whole(torch.tensor([1.0, -2.0, 0.5, 3.0]).view(1, 2, 1, 1, 2))
 TINY_IDENTITY = Identity("t", "a", 1, "sha256:0", "PREFIX_TUNING", 'm\u00fc"\\\n\u007f', 1, 1, 1, 2)
 GOLDEN = (
-    b"\x78\x02\x00\x00\x00\x00\x00\x00"
+    b"\xb8\x02\x00\x00\x00\x00\x00\x00"
     b'{"__metadata__":{"prefix":"{\\"adapter\\":\\"a\\",\\"base_model_name_or_path\\":\\"m\xc3\xbc\\\\\\"\\\\\\\\\\\\n\x7f\\",'
     b'\\"batch_size\\":2,\\"digest\\":\\"sha256:0\\",\\"dtype\\":\\"bfloat16\\",\\"expand\\":true,\\"format\\":1,'
-    b'\\"head_dim\\":2,\\"kv_heads\\":[0,1],\\"layers\\":[0,1],\\"layout\\":\\"layers\\",\\"num_kv_heads\\":1,'
+    b'\\"head_dim\\":2,\\"key_dtype\\":\\"bfloat16\\",\\"kv_heads\\":[0,1],\\"layers\\":[0,1],\\"layout\\":\\"layers\\",'
+    b'\\"num_kv_heads\\":1,'
     b'\\"num_layers\\":1,\\"num_virtual_tokens\\":1,\\"peft_type\\":\\"PREFIX_TUNING\\",\\"tenant\\":\\"t\\",'
-    b'\\"version\\":1}"},'
+    b'\\"value_dtype\\":\\"bfloat16\\",\\"version\\":1}"},'
     b'"attention_mask":{"dtype":"I64","shape":[2,1],"data_offsets":[0,16]},'
     b'"past_key_values.0.key":{"dtype":"BF16","shape":[2,1,1,2],"data_offsets":[16,24]},'
     b'"past_key_values.0.value":{"dtype":"BF16","shape":[2,1,1,2],"data_offsets":[24,32]}}'
-    b"          "
+    b"                  "
     b"\x01\x00\x00\x00\x00\x00\x00\x00\x01\x00\x00\x00\x00\x00\x00\x00"
     b"\x80\x3f\x00\xc0\x80\x3f\x00\xc0"
     b"\x00\x3f\x40\x40\x00\x3f\x40\x40"
@@ -86,7 +91,7 @@ GOLDEN = (
 
 def test_golden_bytes() -> None:
     """A tiny answer has exactly these bytes: changing one of them would change every ETag and digest in the world."""
-    variant = Variant("bfloat16", 2, (0, 1), (0, 1), "layers", expand=True)
+    variant = Variant(DtypePair.both("bfloat16"), 2, (0, 1), (0, 1), "layers", expand=True)
     file = PrefixFile(TINY_IDENTITY, variant, {"attention_mask": AttentionMask(2, 1, torch.int64)})
     assert body_of(file, TINY) == GOLDEN
 
@@ -100,22 +105,33 @@ def test_the_metadata_is_canonical_json(name: str) -> None:
     assert json.loads(text)["base_model_name_or_path"] == name
 
 
+def cast(part: Tensor, dtype: KVDtype) -> tuple[Tensor, Tensor | None]:
+    """Returns keys or values `[H', N, D]` as torch itself casts them, and the scales `[H', 1, 1]` of float8."""
+    if dtype != "float8_e4m3fn":
+        return part.to(KV_DTYPES[dtype]), None
+    scale = part.abs().amax(dim=(1, 2), keepdim=True) / 448
+    return (part / scale).to(torch.float8_e4m3fn), scale
+
+
 def expected_tensors(variant: Variant, mask: Tensor) -> dict[str, Tensor]:
-    """Returns the tensors that the contract promises, made from the rendering."""
-    rendering = rendering_of(variant)
-    values = rendering.values.expand(variant.rows, *rendering.values.shape)
+    """Returns the tensors that the contract promises, made by torch alone."""
     found = {"attention_mask": mask}
-    if variant.layout == "stacked":
-        found["past_key_values"] = values
-        if rendering.scales is not None:
-            found["past_key_values_scale"] = rendering.scales[None]
+    for layer in range(*variant.layers):
+        for part, (name, dtype) in enumerate(zip(("key", "value"), variant.dtypes, strict=True)):
+            values, scale = cast(WHOLE.tensor[layer, part, slice(*variant.kv_heads)], dtype)
+            found[f"past_key_values.{layer}.{name}"] = values.expand(variant.rows, *values.shape)
+            if scale is not None:
+                found[f"past_key_values.{layer}.{name}_scale"] = scale[None]
+    if variant.layout == "layers":
         return found
-    for index, layer in enumerate(range(*variant.layers)):
-        for part, name in enumerate(("key", "value")):
-            found[f"past_key_values.{layer}.{name}"] = values[:, index, part]
-            if rendering.scales is not None:
-                found[f"past_key_values.{layer}.{name}_scale"] = rendering.scales[index, part][None]
-    return found
+    stacked = {"attention_mask": mask}
+    for suffix in ("", "_scale") if variant.dtypes.single == "float8_e4m3fn" else ("",):
+        pairs = [
+            torch.stack([found[f"past_key_values.{layer}.{name}{suffix}"] for name in ("key", "value")], 1)
+            for layer in range(*variant.layers)
+        ]
+        stacked[f"past_key_values{suffix}"] = torch.stack(pairs, 1)
+    return stacked
 
 
 @given(files)
@@ -201,7 +217,7 @@ def test_chunks_share_memory_with_the_rendering() -> None:
     rendering = rendering_of(file.variant, kv)
     chunks = list(file.chunks(rendering))[1:]  # behind header and mask
     before = bytes(chunks[0])
-    rendering.values.neg_()
+    rendering.buffers["key_value"].neg_()
     assert len(chunks) == 2 * 3
     assert chunks[0] == chunks[1] == chunks[2] != before
 
@@ -226,7 +242,7 @@ def test_a_large_batch_takes_no_memory() -> None:
     tracemalloc.stop()
     assert sent == file.content_length > 256 * kv.nbytes
     assert peak < 100_000
-    assert rendering.values.data_ptr() == kv.tensor.data_ptr()
+    assert rendering.buffers["key_value"].data_ptr() == kv.tensor.data_ptr()
 
 
 @pytest.mark.parametrize("layers", [1, 32, 1000])
@@ -265,7 +281,7 @@ def test_unexpanded_values_come_once() -> None:
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_halves_are_rounded_to_nearest_even(dtype: KVDtype) -> None:
     """Rendering rounds to a half as torch's own cast does."""
-    assert torch.equal(render(WHOLE, dtype).values, WHOLE.tensor.to(KV_DTYPES[dtype]))
+    assert torch.equal(render(WHOLE, DtypePair.both(dtype)).buffers["key_value"], WHOLE.tensor.to(KV_DTYPES[dtype]))
 
 
 tensors = st.lists(st.floats(-1e6, 1e6, width=32, allow_nan=False), min_size=N * D, max_size=N * D)
@@ -275,11 +291,11 @@ tensors = st.lists(st.floats(-1e6, 1e6, width=32, allow_nan=False), min_size=N *
 def test_float8_is_within_its_error(values: list[float], magnitude: float) -> None:
     """With a head's largest value at 448, any value is off by half a step: 1/16 of itself, or 2^-10 of the scale."""
     exact = (torch.tensor(values) * magnitude).view(1, 1, 1, N, D).expand(1, 2, 1, N, D)
-    rendering = render(PrefixKV.whole(exact), "float8_e4m3fn")
-    assert rendering.scales is not None
-    assert rendering.scales.shape == (1, 2, 1, 1, 1)
-    error = (rendering.values.float() * rendering.scales - exact).abs()
-    assert bool((error <= exact.abs() * (1 / 16 + 1e-6) + rendering.scales * 2**-10 * (1 + 1e-6)).all())
+    rendering = render(PrefixKV.whole(exact), DtypePair.both("float8_e4m3fn"))
+    assert rendering.buffers["key_value_scale"].shape == (1, 2, 1, 1, 1)
+    scales = rendering.buffers["key_value_scale"]
+    error = (rendering.buffers["key_value"].float() * scales - exact).abs()
+    assert bool((error <= exact.abs() * (1 / 16 + 1e-6) + scales * 2**-10 * (1 + 1e-6)).all())
 
 
 def test_float8_scales_belong_to_layer_and_head() -> None:
@@ -287,24 +303,53 @@ def test_float8_scales_belong_to_layer_and_head() -> None:
     kv = WHOLE.tensor.clone()
     kv[0, 0, 0] = 0
     kv[1] *= 1000
-    rendering = render(PrefixKV.whole(kv), "float8_e4m3fn")
-    assert rendering.scales is not None
-    largest = rendering.values.float().abs().amax(dim=(3, 4))
+    rendering = render(PrefixKV.whole(kv), DtypePair.both("float8_e4m3fn"))
+    largest = rendering.buffers["key_value"].float().abs().amax(dim=(3, 4))
     assert largest[0, 0, 0] == 0
-    assert bool((rendering.scales > 0).all())
+    assert bool((rendering.buffers["key_value_scale"] > 0).all())
     largest[0, 0, 0] = 448
     assert bool((largest == 448).all())
 
 
+@pytest.mark.parametrize("layout", get_args(Layout))
+@pytest.mark.parametrize("value_dtype", list(KV_DTYPES))
 @pytest.mark.parametrize("dtype", list(KV_DTYPES))
-def test_a_stacked_row_comes_back_as_a_prefix(dtype: KVDtype) -> None:
-    """`read_kv` returns the value that was sent, with the model's numbers, and float8 as float32."""
-    variant = asked(dtype, layout="stacked", layers=(1, 3), heads=(1, 2))
+def test_a_row_comes_back_as_a_prefix(dtype: KVDtype, value_dtype: KVDtype, layout: Layout) -> None:
+    """`read_kv` returns the values that were sent, with the model's numbers; float8 and two dtypes as float32."""
+    variant = asked(dtype, layout=layout, layers=(1, 3), heads=(1, 2), value_dtype=value_dtype)
+    if layout == "stacked" and dtype != value_dtype:
+        return
     kv = read_kv(read_prefix_file(bytearray(body_of(file_of(variant)))))
     assert (kv.layers, kv.kv_heads, kv.num_layers, kv.num_kv_heads) == ((1, 3), (1, 2), L, H)
-    wanted = rendering_of(variant)
-    values = wanted.values if wanted.scales is None else wanted.values.float() * wanted.scales
-    assert torch.equal(kv.tensor, values)
+    one = dtype == value_dtype != "float8_e4m3fn"
+    assert kv.tensor.dtype == (KV_DTYPES[dtype] if one else torch.float32)
+    for part, kind in enumerate((dtype, value_dtype)):
+        for layer in (1, 2):
+            values, scale = cast(WHOLE.tensor[layer, part, 1:2], kind)
+            wanted = values.float() if scale is None else values.float() * scale
+            assert torch.equal(kv.tensor[layer - 1, part].float(), wanted)
+
+
+def test_two_dtypes_have_the_bytes_of_each() -> None:
+    """Keys and values take the bytes of their own dtype, and float8 four more for each of its layers and heads."""
+    for dtype, value_dtype in product(KV_DTYPES, repeat=2):
+        file = file_of(asked(dtype, value_dtype=value_dtype))
+        sizes = [
+            KV_DTYPES[kind].itemsize * L * H * N * D + 4 * L * H * (kind == "float8_e4m3fn")
+            for kind in (dtype, value_dtype)
+        ]
+        assert file.rendering_nbytes == rendering_of(file.variant).nbytes == sum(sizes)
+
+
+def test_a_canonical_file_is_mapped_as_its_rendering() -> None:
+    """Each buffer of a rendering lies in one piece in the canonical file, whatever the two dtypes."""
+    for dtype, value_dtype in product(KV_DTYPES, repeat=2):
+        file = file_of(asked(dtype, rows=3, value_dtype=value_dtype))
+        rendering = rendering_of(file.variant)
+        mapped = file.canonical.mapped(rendering, memoryview(bytearray(body_of(file.canonical))))
+        assert mapped.keys() == rendering.buffers.keys()
+        for name, buffer in rendering.buffers.items():
+            assert torch.equal(mapped[name].view(torch.uint8), buffer.view(torch.uint8))
 
 
 SOUND = body_of(file_of(asked(layout="stacked")))
@@ -351,7 +396,11 @@ def changed(metadata: Mapping[str, Any] | None = None, **tensors: Tensor) -> Rec
         (changed({"num_layers": True}), "num_layers should be a positive integer, got True"),
         (changed({"version": "1"}), "version should be a positive integer, got '1'"),
         (changed({"tenant": 7}), "tenant should be a text, got 7"),
-        (changed({"dtype": "int8"}), "dtype should be one of float32, .*, got 'int8'"),
+        (changed({"key_dtype": "int8"}), "key_dtype should be one of float32, .*, got 'int8'"),
+        (changed({"value_dtype": None}), "value_dtype should be one of float32, .*, got None"),
+        (changed({"dtype": "float16"}), "dtype should be 'float32' beside key_dtype and value_dtype, got 'float16'"),
+        (changed({"value_dtype": "float16"}), "dtype should be None beside key_dtype and value_dtype, got 'float32'"),
+        (changed({"dtype": None, "value_dtype": "float16"}), "the layout stacked, and two dtypes"),
         (changed({"expand": 0}), "expand should be one of True, False, got 0"),
         (Received({"format": 1}, {}), "tenant should be a text, got None"),
         (
@@ -359,9 +408,10 @@ def changed(metadata: Mapping[str, Any] | None = None, **tensors: Tensor) -> Rec
             r"past_key_values .* float32 \[1, 3, 2, 2, 5, 9\], got float32 \[1, 3, 2, 2, 5, 4\]",
         ),
         (changed({"layers": [0, 2]}), r"past_key_values .* float32 \[1, 2, 2, 2, 5, 4\], got"),
-        (changed({"dtype": "float16"}), "past_key_values .* float16 .*, got float32"),
-        (changed({"dtype": "float8_e4m3fn"}), "past_key_values .* float8_e4m3fn .*, got float32"),
-        (read_prefix_file(bytearray(body_of(file_of(asked())))), "layout layers and 1 rows, where layout stacked"),
+        (changed(DtypePair.both("float16").as_metadata()), "past_key_values .* float16 .*, got float32"),
+        (changed(DtypePair.both("float8_e4m3fn").as_metadata()), "past_key_values .* float8_e4m3fn .*, got float32"),
+        (read_prefix_file(bytearray(body_of(file_of(asked(rows=2))))), "has 2 rows, where one row was expected"),
+        (changed({"layout": "layers"}), "has 2 tensors, too few for 3 layers"),
         (changed(past_key_values_scale=torch.ones(7)), r"past_key_values_scale .* should be none, got float32 \[7\]"),
         (changed({"num_virtual_tokens": 6}), r"attention_mask .* int64 \[1, 6\], got int64 \[1, 5\]"),
         (changed(past_key_values=torch.zeros(1)), r"past_key_values .* got float32 \[1\]"),

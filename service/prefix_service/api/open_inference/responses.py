@@ -117,7 +117,7 @@ class TensorsResponse(RawResponse):
         document: dict[str, object] = {
             "model_name": f"{version.tenant}/{version.adapter}",
             "model_version": str(version.number),
-            "parameters": {"digest": version.digest, "dtype": self._plan.file.variant.dtype},
+            "parameters": {"digest": version.digest, "dtype": self._plan.file.variant.dtypes.single},
             "outputs": [self._output(self._plan.file.tensors[name], rendering) for name in self._binary],
         }
         if self._asked.id is not None:

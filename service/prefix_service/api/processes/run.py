@@ -10,7 +10,7 @@ from pathlib import Path
 import structlog
 from prometheus_client import CollectorRegistry, start_http_server
 
-from prefix_service.api.app import create_app, end_watching
+from prefix_service.api.app import begin_end, create_app
 from prefix_service.api.metrics.metrics import Metrics
 from prefix_service.api.metrics.worker_metrics import shared_folder, whole_service
 from prefix_service.api.processes.announcement import announce
@@ -61,7 +61,7 @@ def _serve(settings: Settings, *, as_json: bool) -> None:
             metrics = Metrics()
             with _metrics_port(settings, metrics.exposed):
                 app = create_app(settings, metrics)
-                Server(settings, app, on_ready, partial(end_watching, app)).run(sockets)
+                Server(settings, app, on_ready, partial(begin_end, app)).run(sockets)
         else:
             inherited = None if lock is None else Inherited(lock)
             with shared_folder() as folder, _metrics_port(settings, whole_service(folder)):

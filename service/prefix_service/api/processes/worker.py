@@ -86,7 +86,7 @@ def die_with(parent: int) -> None:
 
 
 def _serve(supervisor: socket.socket, settings: Settings, sockets: list[socket.socket]) -> None:
-    from prefix_service.api.app import create_app, end_watching
+    from prefix_service.api.app import begin_end, create_app
     from prefix_service.api.metrics.metrics import Metrics
     from prefix_service.api.metrics.worker_metrics import take_place
     from prefix_service.api.server.serving import Server, end_in_order_on
@@ -109,5 +109,5 @@ def _serve(supervisor: socket.socket, settings: Settings, sockets: list[socket.s
         server.should_exit = True
 
     app = create_app(settings, Metrics(take_place()))
-    server = Server(settings, app, begin, partial(end_watching, app))
+    server = Server(settings, app, begin, partial(begin_end, app))
     server.run(sockets)

@@ -36,7 +36,7 @@ _Expires = Annotated[datetime, BeforeValidator(_no_number), Field(strict=False)]
 
 
 class _NewKey(RequestModel):
-    name: str = Field(default="", max_length=200)
+    name: str = Field(default="", max_length=200, json_schema_extra={"pattern": "^[^\\u0000-\\u001f\\u007f-\\u009f]*$"})
     expires: _Expires | None = None
 
 

@@ -235,6 +235,15 @@ class Guarded(asyncio.Protocol):
             self._parse_in_turn()
         self._note_whether_idle()
 
+    @property
+    def is_answering(self) -> bool:
+        """Whether somebody waits for an answer, or for the rest of one. A reader that has no key and does not keep up
+        does not count.
+        """
+        if self.transport.get_write_buffer_size():
+            return self._principal is not None
+        return self.cycle is not None and not self.cycle.response_complete
+
     def shutdown(self) -> None:
         """Closes the connection after the answers in progress.
 

@@ -3,18 +3,20 @@
 import asyncio
 import contextlib
 import gc
+import math
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
 from types import FrameType
-from typing import Final, NoReturn
+from typing import Final, NoReturn, cast
 
 import uvicorn
 from fastapi import FastAPI
 
 from prefix_service.api.server.accepting import Acceptor
-from prefix_service.api.server.connections import KEEP_ALIVE
+from prefix_service.api.server.connections import KEEP_ALIVE, Guarded
 from prefix_service.api.server.protocols import connection_class
 from prefix_service.catalog.records import Principal
 from prefix_service.settings import Settings
@@ -28,10 +30,13 @@ _SWITCH: Final = 0.001
 torch. With CPython's default of 5 ms, ten waits per answer would add 50 ms to another caller's latency.
 """
 
+_POLL: Final = 0.05  # seconds
+_CLOSE: Final = (b"connection", b"close")
+
 
 class Server(uvicorn.Server):
     """Serves an app on listening sockets; calls `on_ready` on the event loop once the app is open, and
-    `on_end` when the server is asked to end, before it waits for the requests in progress.
+    `on_end` when the server is asked to end: from then on it must say that it is not ready.
 
     The server opens the app itself: if that fails, uvicorn would log a traceback and hide the reason.
     """
@@ -76,10 +81,29 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Finishes the requests in progress, then closes the app."""
+        until = time.monotonic() + GRACE
         async with self._opened:
-            await self._acceptor.close()
             self._on_end()
+            await self._drain(until)
+            await self._acceptor.close()
+            self.config.timeout_graceful_shutdown = math.ceil(max(until - time.monotonic(), 1))
             await super().shutdown(sockets)
+
+    async def _drain(self, until: float) -> None:
+        """Waits until the requests in progress are answered, at most until a moment of `time.monotonic`.
+
+        Meanwhile others are answered too, and end their connections. A proxy asks whether the service is ready, and
+        cuts everything in progress off if there is no answer; until it knows, it passes requests on.
+        """
+        self.server_state.default_headers = [*self.server_state.default_headers, _CLOSE]
+        connections = cast("set[Guarded]", self.server_state.connections)
+        busy = {each for each in connections if each.is_answering}
+        for each in busy:
+            each.shutdown()
+        while any(each.is_answering for each in busy & connections):
+            if time.monotonic() >= until or self.force_exit:
+                return
+            await asyncio.sleep(_POLL)
 
     def _remembered(self, header: bytes) -> Principal | None:
         found: Principal | None = self._app.state.prefix_service.authenticator.remembered(header)

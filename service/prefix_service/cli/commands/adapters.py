@@ -9,10 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import datetime
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from prefix_service.cli.commands.precision import show_precision
 from prefix_service.cli.completion import complete_adapter
 from prefix_service.cli.console import (
     human_time,
@@ -190,6 +192,29 @@ _SHOWN_APART: Final = frozenset(
 def inspect(
     reference: Ref,
     float8: Annotated[bool, typer.Option("--float8", help="Fetch it as float8 too: its error and its bytes.")] = False,
+    precision: Annotated[
+        bool,
+        typer.Option(
+            "--precision",
+            help="Instead: what does each pair of dtypes cost a model's predictions? Needs --model and --text.",
+        ),
+    ] = False,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="MODEL", help="The adapter's base model: a folder, or a name on Hugging Face."),
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            "--text", metavar="FILE", help="What the model reads behind the prefix, UTF-8.", exists=True, dir_okay=False
+        ),
+    ] = None,
+    most: Annotated[
+        int, typer.Option("--most", min=1, metavar="TOKENS", help="How much of the text is read with --precision.")
+    ] = 512,
+    device: Annotated[
+        str, typer.Option("--device", metavar="DEVICE", help="Where the model computes: cpu, cuda, cuda:1.")
+    ] = "cpu",
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
     as_json: Json = False,
@@ -197,8 +222,14 @@ def inspect(
     """Show what the service knows of a version.
 
     That is its dimensions, sizes, residency, annotations and model card; --json has its config too. --float8 shows what
-    float8 on the wire would cost.
+    float8 on the wire would cost keys and values, and --precision what two dtypes cost the predictions of its model,
+    which computes in float32. The text is tokenized as it is, special tokens included.
     """
+    if precision != (model is not None) or precision != (text is not None):
+        raise typer.BadParameter("--precision needs --model MODEL and --text FILE, and these are for --precision")
+    if model is not None and text is not None:
+        show_precision(reference, model, text, most, device, url, api_key, as_json=as_json)
+        return
     with connect(url, api_key) as client:
         found = dict(client.inspect(reference))
         same = f"{found['tenant']}/{found['adapter']}@{found['version']}"

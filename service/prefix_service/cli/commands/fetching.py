@@ -20,7 +20,7 @@ from prefix_service.cli.files import check_output, written
 from prefix_service.cli.options import DEFAULT_URL, ApiKey, Json, Ref, Url, connect
 from prefix_service.errors import Conflict, InvalidRequest, InvalidResponse, StorageFailed
 from prefix_service.prefix.file_names import BASE_MODEL_NAME, CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
-from prefix_service.prefix.variant import KVDtype
+from prefix_service.prefix.variant import DtypePair, KVDtype
 from prefix_service.system.disk import translated
 from prefix_service.system.sizes import human_bytes
 
@@ -55,21 +55,30 @@ def fetch(
     dtype: Annotated[
         str | None, typer.Option(metavar="DTYPE", help="float32, float16, bfloat16 or float8_e4m3fn.")
     ] = None,
+    key_dtype: Annotated[
+        str | None, typer.Option(metavar="DTYPE", help="That of keys alone; default: --dtype.")
+    ] = None,
+    value_dtype: Annotated[
+        str | None, typer.Option(metavar="DTYPE", help="That of values alone; default: --dtype.")
+    ] = None,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
     as_json: Json = False,
 ) -> None:
     """Fetch a prefix as a worker would; show or save its tensors.
 
-    A file that is saved is safetensors, with the metadata that the service sends.
+    A file that is saved is safetensors, with the metadata that the service sends. float8, and keys and values of two
+    dtypes, are decoded to float32.
     """
     if output is not None:
         check_output(output)
+    asked = {"dtype": dtype, "key_dtype": key_dtype, "value_dtype": value_dtype}
+    dtypes = {name: _checked_dtype(name, one) for name, one in asked.items()}
     import torch  # noqa: F401 - takes longer than the fetch that is timed
 
     with connect(url, api_key) as client:
         began = time.perf_counter()
-        prefix = client.get(reference, batch_size=batch_size, dtype=_checked_dtype(dtype))
+        prefix = client.get(reference, batch_size=batch_size, **dtypes)
         seconds = time.perf_counter() - began
     tensors = {"attention_mask": prefix.attention_mask}
     for layer, (key, value) in enumerate(prefix.past_key_values):
@@ -96,7 +105,8 @@ def _save(tensors: "Mapping[str, Tensor]", metadata: Mapping[str, Any], output: 
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    described = {**metadata, "dtype": str(tensors["past_key_values.0.key"].dtype).removeprefix("torch.")}
+    saved: Any = str(tensors["past_key_values.0.key"].dtype).removeprefix("torch.")
+    described = {**metadata, **DtypePair.both(saved).as_metadata()}
     with written(output) as aside:
         try:
             whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -219,8 +229,8 @@ def _download(client: "PrefixClient", version: Mapping[str, Any], file: Path) ->
         raise InvalidResponse(f"the weights that came for {reference} are not {version['weights']}")
 
 
-def _checked_dtype(name: str | None) -> Any:
+def _checked_dtype(name: str, dtype: str | None) -> Any:
     known = get_args(KVDtype)
-    if name is not None and name not in known:
-        raise InvalidRequest(f"dtype must be one of {', '.join(known)}, got {name!r}")
-    return name
+    if dtype is not None and dtype not in known:
+        raise InvalidRequest(f"{name} must be one of {', '.join(known)}, got {dtype!r}")
+    return dtype

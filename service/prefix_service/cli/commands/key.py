@@ -16,6 +16,7 @@ from prefix_service.cli.moments import parse_duration, parse_end
 from prefix_service.cli.options import DEFAULT_URL, ApiKey, Json, Url, connect, unfolded
 from prefix_service.errors import InvalidRequest, NotFound, PrefixServiceError
 from prefix_service.prefix.references import check_name
+from prefix_service.system.printable import printable
 
 if TYPE_CHECKING:
     from prefix_service.catalog.keys import Keyring
@@ -271,7 +272,8 @@ def rotate(
     if expires is None and first["expires"] is not None:
         lifetime = _moment(first["expires"]) - _moment(first["created"])
         expires = (datetime.now(UTC) + lifetime).replace(microsecond=0)
-    second = keys.create(owner, first["scope"], first["name"], expires)
+    name = printable(first["name"])  # older releases let control characters into names
+    second = keys.create(owner, first["scope"], name, expires)
     # By the clock of the service, which decides when a key has ended.
     end = _moment(second["created"]) + overlap
     if first["expires"] is not None and _moment(first["expires"]) <= end:

@@ -38,6 +38,8 @@ def get(
     *,
     batch_size: int = 1,
     dtype: KVDtype | None = None,
+    key_dtype: KVDtype | None = None,
+    value_dtype: KVDtype | None = None,
     layers: Span | None = None,
     kv_heads: Span | None = None,
     tp: Rank | None = None,
@@ -54,7 +56,11 @@ def get(
     Args:
         reference: an adapter, and optionally a version of it; by default the latest.
         batch_size: the number of rows.
-        dtype: of keys and values; by default that of the stored weights. float8 is decoded to float32 on arrival.
+        dtype: in which keys and values are sent; by default that of the stored weights. float8 is decoded to float32 on
+            arrival.
+        key_dtype: in which keys are sent; by default `dtype`. Keys and values that are sent in two dtypes arrive in
+            float32, with the values that they had on the wire.
+        value_dtype: in which values are sent; by default `dtype`.
         layers: half-open range `(first, end)` of layers; by default all.
         kv_heads: half-open range `(first, end)` of key/value heads; by default all.
         tp: `(rank, size)`: the heads of this tensor-parallel rank as vLLM and Megatron place them, each on several
@@ -76,6 +82,8 @@ def get(
     chosen = options.prefix_options(
         batch_size=batch_size,
         dtype=dtype,
+        key_dtype=key_dtype,
+        value_dtype=value_dtype,
         layers=layers,
         kv_heads=kv_heads,
         tp=tp,
@@ -92,6 +100,8 @@ def get_many(
     *,
     batch_size: int | None = None,
     dtype: KVDtype | None = None,
+    key_dtype: KVDtype | None = None,
+    value_dtype: KVDtype | None = None,
     layers: Span | None = None,
     kv_heads: Span | None = None,
     tp: Rank | None = None,
@@ -109,6 +119,8 @@ def get_many(
         attention_mask: the input's, `[B, S]`, with one row per row of the batch.
         batch_size: if given, it must be the number of rows.
         dtype: as in `get`; required if stored dtypes differ.
+        key_dtype: as in `get`.
+        value_dtype: as in `get`.
         layers: half-open range `(first, end)` of layers; by default all.
         kv_heads: half-open range `(first, end)` of key/value heads; by default all.
         tp: `(rank, size)`: the heads of this tensor-parallel rank. Instead of `kv_heads`.
@@ -123,7 +135,9 @@ def get_many(
         InvalidResponse: an answer is damaged, answers another question, or did not come from the service.
     """
     wanted = many.Wanted.of(rows, batch_size)
-    chosen = options.prefix_options(dtype=dtype, layers=layers, kv_heads=kv_heads, tp=tp, pp=pp)
+    chosen = options.prefix_options(
+        dtype=dtype, key_dtype=key_dtype, value_dtype=value_dtype, layers=layers, kv_heads=kv_heads, tp=tp, pp=pp
+    )
     references = list(wanted.first_row)
     fetched = yield Together([flows.shared(self._reading, reference, chosen) for reference in references], _AT_ONCE)
     for reference, result in zip(references, fetched, strict=True):
@@ -140,6 +154,8 @@ def prefetch(
     *,
     concurrency: int = _AT_ONCE,
     dtype: KVDtype | None = None,
+    key_dtype: KVDtype | None = None,
+    value_dtype: KVDtype | None = None,
     layers: Span | None = None,
     kv_heads: Span | None = None,
     tp: Rank | None = None,
@@ -150,7 +166,9 @@ def prefetch(
     Raises:
         PrefixServiceError: the error of the first reference that failed; the other prefixes are cached.
     """
-    chosen = options.prefix_options(dtype=dtype, layers=layers, kv_heads=kv_heads, tp=tp, pp=pp)
+    chosen = options.prefix_options(
+        dtype=dtype, key_dtype=key_dtype, value_dtype=value_dtype, layers=layers, kv_heads=kv_heads, tp=tp, pp=pp
+    )
     at_once = options.whole("concurrency", concurrency, 1)
     names = dict.fromkeys(options.references(references))
     fetches = [flows.get(self._reading, reference, chosen) for reference in names]

@@ -10,22 +10,23 @@ from prefix_service.client.protocol import Answer, Fetch, prefix_request
 from prefix_service.errors import InvalidRequest, InvalidResponse
 from prefix_service.prefix.ranks import Rank, check_rank, kv_heads_of_rank
 from prefix_service.prefix.references import Reference, parse_qualified
-from prefix_service.prefix.variant import KVDtype, Span
+from prefix_service.prefix.variant import KVDtype, Layout, Span
+from prefix_service.prefix.wire.metadata import read_dtypes
 
 _MISSING = "none"
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A reference, and the variant in which its prefix is wanted. One row in one tensor is asked for, whatever the
-    batch.
+    """A reference, and the variant in which its prefix is wanted. One row is asked for, whatever the batch.
 
     `tp` stays a rank, since only the service knows how many heads the version has that an alias means now.
     """
 
     tenant: str
     reference: Reference
-    dtype: KVDtype | None = None
+    key_dtype: KVDtype | None = None
+    value_dtype: KVDtype | None = None
     layers: Span | None = None
     kv_heads: Span | None = None
     tp: Rank | None = None
@@ -50,13 +51,31 @@ class Question:
         if kv_heads is not None and tp is not None:
             raise InvalidRequest(f"tp={tp} says which heads, and kv_heads={kv_heads} too: give one of them")
         rank = None if tp is None else check_rank(tp)
-        return cls(tenant, reference, options.get("dtype"), layers if pp is None else pp, kv_heads, rank)
+        dtype = options.get("dtype")
+        key, value = options.get("key_dtype") or dtype, options.get("value_dtype") or dtype
+        return cls(tenant, reference, key, value, layers if pp is None else pp, kv_heads, rank)
+
+    @property
+    def layout(self) -> Layout:
+        """The layout that is asked for: one tensor if the dtypes are equal, else a key and a value for each layer."""
+        return "stacked" if self.key_dtype == self.value_dtype else "layers"
+
+    @property
+    def dtypes(self) -> dict[str, KVDtype]:
+        """The dtypes that are asked for, by the names of a request's options. Equal ones are `dtype`, which every
+        service knows.
+        """
+        if self.key_dtype == self.value_dtype:
+            return {} if self.key_dtype is None else {"dtype": self.key_dtype}
+        both = {"key_dtype": self.key_dtype, "value_dtype": self.value_dtype}
+        return {name: dtype for name, dtype in both.items() if dtype is not None}
 
     @property
     def key(self) -> tuple[Any, ...]:
         """The question as a cache key, of JSON's types alone."""
         adapter, selector = self.reference.adapter, self.reference.selector
-        return (self.tenant, adapter, selector, self.dtype, self.layers, self.kv_heads, self.tp)
+        dtypes = self.key_dtype, self.value_dtype
+        return (self.tenant, adapter, selector, *dtypes, self.layers, self.kv_heads, self.tp)
 
     @classmethod
     def of_key(cls, key: tuple[Any, ...]) -> Self:
@@ -69,7 +88,8 @@ class Question:
         return prefix_request(
             self.tenant,
             self.reference,
-            dtype=self.dtype,
+            layout=self.layout,
+            dtypes=self.dtypes,
             layers=self.layers,
             kv_heads=self.kv_heads,
             tp=self.tp,
@@ -92,8 +112,15 @@ class Question:
             for name, value in wanted.items()
             if metadata[name] != value
         ]
-        if self.dtype is None and metadata["dtype"] == "float8_e4m3fn":
-            wrong.append("dtype 'float8_e4m3fn' instead of that of the stored weights")
+        found = read_dtypes(metadata)
+        for name, dtype, came in (
+            ("key_dtype", self.key_dtype, found.key),
+            ("value_dtype", self.value_dtype, found.value),
+        ):
+            if dtype is None and came == "float8_e4m3fn":
+                wrong.append(f"{name} {came!r} instead of that of the stored weights")
+            elif dtype not in (None, came):
+                wrong.append(f"{name} {came!r} instead of {dtype!r}")
         wrong += _headers_that_differ(headers, metadata)
         if wrong:
             raise InvalidResponse(f"the answer is not about {self}: it has {', '.join(wrong)}")
@@ -120,12 +147,10 @@ class Question:
             wanted["version"] = self.reference.version
         if self.reference.digest is not None:
             wanted["digest"] = self.reference.digest
-        if self.dtype is not None:
-            wanted["dtype"] = self.dtype
         heads = self.kv_heads if self.tp is None else self._heads_of_rank(metadata["num_kv_heads"], self.tp)
         wanted["layers"] = list(self.layers or (0, metadata["num_layers"]))
         wanted["kv_heads"] = list(heads or (0, metadata["num_kv_heads"]))
-        return wanted | {"batch_size": 1, "layout": "stacked", "expand": False}
+        return wanted | {"batch_size": 1, "layout": self.layout, "expand": False}
 
     def _heads_of_rank(self, num_kv_heads: int, tp: Rank) -> Span:
         try:
@@ -134,7 +159,7 @@ class Question:
             raise InvalidResponse(f"the answer for {self} is impossible: {error}") from error
 
     def __str__(self) -> str:
-        parts = {"dtype": self.dtype, "layers": self.layers, "kv_heads": self.kv_heads, "tp": self.tp}
+        parts = {**self.dtypes, "layers": self.layers, "kv_heads": self.kv_heads, "tp": self.tp}
         given = [f"{name}={value}" for name, value in parts.items() if value is not None]
         return f"{self.tenant}/{self.reference}" + (f" ({', '.join(given)})" if given else "")
 

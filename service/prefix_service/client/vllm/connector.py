@@ -78,7 +78,7 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] # 
             rank = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
             heads = kv_heads_of_rank(model.num_kv_heads, rank)
             source = Source(config, cache_bytes=0)  # the scheduler decides what is kept
-            self.half = WorkerHalf(source, model, heads)
+            self.half = WorkerHalf(source, model, heads, config.cache_bytes)
 
     # --- The scheduler ---
 
@@ -101,7 +101,7 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] # 
 
     def build_connector_meta(self, scheduler_output: Any) -> PrefixOrders:
         """Returns the orders for the workers."""
-        return PrefixOrders(self.half.take_orders())
+        return PrefixOrders(self.half.take_orders(has_work=scheduler_output.total_num_scheduled_tokens > 0))
 
     def update_connector_output(self, connector_output: Any) -> None:
         """Notes the reports of the workers."""

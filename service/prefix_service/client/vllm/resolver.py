@@ -80,6 +80,10 @@ class Resolver:
         known = tuple(version for version in versions if version is not None)
         return Composition(known) if len(known) == len(versions) else None
 
+    def knows(self, references: References) -> bool:
+        """Returns whether one of the references was ever resolved, so that its bytes may be in the workers' memory."""
+        return any(self._memory.get(reference) is not None for reference in references)
+
     async def resolve(self, references: References) -> Composition:
         """Returns the versions of references, by asking the service in parallel if necessary.
 

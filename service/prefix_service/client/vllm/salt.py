@@ -23,3 +23,11 @@ class Salts:
         versions = [[version.tenant, version.adapter, version.digest] for version in composition.versions]
         named = json.dumps([versions, own]).encode()
         return hmac.new(self._secret, named, hashlib.sha256).hexdigest()
+
+
+def shown_salt(salt: str) -> str:
+    """Returns what others may see of a salt: equal for equal salts, and no salt that a request could be sent with.
+
+    A salt has 256 bits that nobody can guess, so its hash needs no key.
+    """
+    return hashlib.sha256(f"shown:{salt}".encode()).hexdigest()

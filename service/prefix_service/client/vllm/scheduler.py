@@ -1,10 +1,11 @@
 """The scheduler's half: finds a request's versions, adds placeholders and salt, and has its blocks filled.
 
-A request that names adapters goes through these states: *asked* (the service is asked which versions they are; not if
-that is remembered), *prepared* (N placeholders stand in front of its prompt), *awaiting* (the workers fetch the bytes;
-not if they have them, or if vLLM's prefix cache does), *loading* (its blocks are filled in the next step). A request
-that cannot be served is *refused*: it claims one block, and the workers report it as failed. No hook may raise, since
-an exception would end the engine for all requests, or wait, since its thread schedules all requests.
+A request that names adapters goes through these states: *asked* (the service is asked which versions they are, and the
+workers begin to fetch them; not if that is remembered), *prepared* (N placeholders stand in front of its prompt),
+*awaiting* (the workers fetch the bytes; not if they have them, or if vLLM's prefix cache does), *loading* (its blocks
+are filled in the next step). A request that cannot be served is *refused*: it claims one block, and the workers report
+it as failed. No hook may raise, since an exception would end the engine for all requests, or wait while there is work,
+since its thread schedules all requests.
 """
 
 import logging
@@ -12,14 +13,16 @@ import secrets
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from prefix_service.client.vllm.background import Background
 from prefix_service.client.vllm.composition import Composition, refuse_length
 from prefix_service.client.vllm.config import ConnectorConfig
+from prefix_service.client.vllm.early import Early
 from prefix_service.client.vllm.failures import attach
 from prefix_service.client.vllm.model import Model
+from prefix_service.client.vllm.pace import Pace
 from prefix_service.client.vllm.requests import (
     References,
     adapters_asked,
@@ -41,6 +44,7 @@ class _Ticket:
 
     asked: "Future[Composition] | None" = None
     composition: Composition | None = None  # once it is prepared
+    early: int | None = None  # the number of its early fetch, until its parcel's fetch begins
     parcel: Parcel | None = None  # while it needs the bytes
     until: float = 0.0  # the time of `time.monotonic` by which they must have arrived
     error: PrefixServiceError | None = None  # why it is refused
@@ -53,8 +57,10 @@ class SchedulerHalf:
 
     def __init__(self, resolver: Resolver, shelf: Shelf, model: Model, config: ConnectorConfig, tally: Tally) -> None:
         self._resolver, self._shelf, self._model, self._config, self._tally = resolver, shelf, model, config, tally
-        self._background, self._salts = Background("prefix-versions"), Salts()
+        self._background, self._salts, self._pace = Background("prefix-versions"), Salts(), Pace()
         self._tickets: dict[str, _Ticket] = {}
+        self._early = Early()
+        self._wanting: list[_Ticket] = []  # those whose parcel was wanted since the last step
         self._loads: list[Load] = []
 
     def arrived(self, request: Any) -> None:
@@ -69,6 +75,8 @@ class SchedulerHalf:
             composition = self._resolver.recall(references)
             if composition is None:
                 ticket.asked = self._background.submit(self._resolver.resolve(references))
+                if not self._resolver.knows(references):
+                    ticket.early = self._early.begin(references)
             else:
                 self._prepare(request, ticket, composition)
         except Exception as error:  # noqa: BLE001 - this request fails, the engine lives
@@ -117,12 +125,16 @@ class SchedulerHalf:
             return None, False  # vLLM must look again, with the placeholders
         left = composition.num_virtual_tokens - num_computed_tokens
         if left <= 0:
+            self._give_up_early(ticket)
             self._note_end_of_wait(ticket)
             return 0, False
         if ticket.parcel is None:
             nbytes = self._model.nbytes_on_worker(composition.num_virtual_tokens)
             wanted = composition.tenant, composition.references, nbytes
             ticket.parcel = self._shelf.want(request.request_id, *wanted)
+            if ticket.early is not None and not ticket.parcel.has_begun and ticket.parcel.early is None:
+                ticket.parcel.early = ticket.early
+            self._wanting.append(ticket)
             ticket.until = time.monotonic() + self._config.timeout
         if ticket.parcel.error is not None:
             raise ticket.parcel.error
@@ -185,10 +197,24 @@ class SchedulerHalf:
         self._loads.append(Load(request.request_id, ticket.parcel.number, end - num_tokens, end, block_ids))
         self._leave(request.request_id)  # the workers carry out a step's loads before they drop anything
 
-    def take_orders(self) -> Orders:
-        """Returns the workers' orders for this step."""
+    def take_orders(self, *, has_work: bool) -> Orders:
+        """Returns the workers' orders for this step. If the model computes nothing in it, rests if the last such step
+        was less than a millisecond ago."""
         loads, self._loads = self._loads, []
-        return self._shelf.take_orders(loads)
+        if not (has_work or loads):
+            self._pace.rest()
+        orders = self._shelf.take_orders(loads)
+        for ticket in self._wanting:
+            if ticket.early is not None and ticket.parcel is not None and ticket.parcel.early == ticket.early:
+                if ticket.parcel.has_begun:
+                    self._early.end(ticket.early, is_used=True)
+                    ticket.early = None
+                else:
+                    ticket.parcel.early = None  # it waits for room, which bytes that nobody counts must not take
+            self._give_up_early(ticket)
+        self._wanting.clear()
+        early, given_up = self._early.take_orders()
+        return replace(orders, early=early, given_up=given_up)
 
     def take_reports(self, reports: Reports) -> None:
         """Notes the workers' reports of a step."""
@@ -211,9 +237,16 @@ class SchedulerHalf:
         ticket = self._tickets.get(request_id)
         if ticket is not None and ticket.asked is not None:
             ticket.asked.cancel()
+        if ticket is not None:
+            self._give_up_early(ticket)
         if ticket is not None and ticket.parcel is not None:
             self._shelf.leave(request_id, ticket.parcel)
             ticket.parcel = None
+
+    def _give_up_early(self, ticket: _Ticket) -> None:
+        if ticket.early is not None:
+            self._early.end(ticket.early, is_used=False)
+            ticket.early = None
 
     def forget(self) -> None:
         """Forgets versions and bytes, so that later requests ask and fetch again."""

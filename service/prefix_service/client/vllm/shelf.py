@@ -32,12 +32,18 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Orders:
-    """The workers' tasks in a step, in this order: load, drop, fetch. A parcel has a number, which is used once."""
+    """The workers' tasks in a step, in this order: load, drop, fetch, begin early, give up. Parcels and early fetches
+    have numbers, each of which is used once."""
 
     loads: Sequence[Load] = ()
     drops: Sequence[int] = ()
-    fetches: Sequence[tuple[int, References]] = ()
-    """The number of each parcel, and the references of its versions."""
+    fetches: Sequence[tuple[int, References, int | None]] = ()
+    """The number of each parcel, the references of its versions, and the number of the early fetch that may have them
+    already."""
+    early: Sequence[tuple[int, References]] = ()
+    """Fetches that begin while the service is asked which versions these references mean."""
+    given_up: Sequence[int] = ()
+    """Early fetches that nobody needs."""
 
 
 @dataclass(slots=True)
@@ -68,6 +74,8 @@ class Parcel:
     users: set[str] = field(default_factory=set)
     since: float = field(default_factory=time.monotonic)
     has_begun: bool = False
+    early: int | None = None
+    """The number of the early fetch that may have its bytes already."""
     error: PrefixServiceError | None = None
 
     @property
@@ -149,7 +157,7 @@ class Shelf:
                 self._bytes.take(parcel.tenant, parcel.nbytes)
                 while self._bytes.taken + self._idle_bytes > self._budget:
                     self._drop_idle(next(iter(self._idle.values())))
-                fetches.append((parcel.number, parcel.references))
+                fetches.append((parcel.number, parcel.references, parcel.early))
         drops, self._drops = self._drops, []
         return Orders(loads, drops, fetches)
 

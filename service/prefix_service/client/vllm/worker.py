@@ -6,7 +6,9 @@ import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -17,7 +19,7 @@ from prefix_service.client.vllm.model import Model
 from prefix_service.client.vllm.requests import References
 from prefix_service.client.vllm.shelf import Load, Orders, Reports
 from prefix_service.client.vllm.source import Source
-from prefix_service.errors import Internal, InvalidRequest, PrefixServiceError
+from prefix_service.errors import Internal, InvalidRequest, PrefixServiceError, TooLarge
 from prefix_service.prefix.variant import Span
 
 if TYPE_CHECKING:
@@ -51,11 +53,14 @@ class WorkerHalf:
     """The worker's side of the connector. One thread makes all calls, and no other writes
     to the cache, so no write overlaps a forward pass on any stream."""
 
-    def __init__(self, source: Source, model: Model, kv_heads: Span) -> None:
-        self._source, self._model, self._kv_heads = source, model, kv_heads
+    def __init__(self, source: Source, model: Model, kv_heads: Span, early_bytes: int) -> None:
+        """Early fetches have at most `early_bytes` together."""
+        self._source, self._model, self._kv_heads, self._early_bytes = source, model, kv_heads, early_bytes
         self._background = Background("prefix-bytes")
         self._layers: dict[int, Layer] = {}
         self._parcels: dict[int, Future[list[Prefix]]] = {}  # by number, arrived or on their way
+        self._early: dict[int, Future[list[Prefix]]] = {}  # fetches whose versions are not known yet
+        self._early_sizes: dict[int, dict[str, int]] = {}  # bytes of each reference, by the number of the fetch
         self._unreported: set[int] = set()
         self._loads: list[tuple[Load, Future[list[Prefix]] | None]] = []
 
@@ -95,14 +100,52 @@ class WorkerHalf:
             parcel = self._parcels.pop(number, None)
             if parcel is not None:
                 parcel.cancel()
-        for number, references in orders.fetches:
-            self._parcels[number] = self._background.submit(self._fetch(references))
+        for number, references, early in orders.fetches:
+            begun = None if early is None else self._take_early(early)
+            self._parcels[number] = self._background.submit(self._fetch_or_take(references, begun))
             self._unreported.add(number)
+        for number, references in orders.early:
+            self._early_sizes[number] = {}
+            self._early[number] = self._background.submit(self._fetch(references, number))
+        for number in orders.given_up:
+            if (begun := self._take_early(number)) is not None:
+                begun.cancel()
 
-    async def _fetch(self, references: References) -> "list[Prefix]":
+    def _take_early(self, number: int) -> "Future[list[Prefix]] | None":
+        self._early_sizes.pop(number, None)
+        return self._early.pop(number, None)
+
+    async def _fetch_or_take(self, references: References, begun: "Future[list[Prefix]] | None") -> "list[Prefix]":
+        """Returns the prefixes of versions: those of a fetch that began early, if it was right, else fetched."""
+        if begun is not None:
+            with suppress(PrefixServiceError):
+                prefixes = await asyncio.wrap_future(begun)
+                if all(map(_is_of, prefixes, references)):
+                    return prefixes
+        return await self._fetch(references)
+
+    async def _fetch(self, references: References, early: int | None = None) -> "list[Prefix]":
         layers = (min(self._layers), max(self._layers) + 1)
-        options = {"dtype": self._model.dtype, "layers": layers, "kv_heads": self._kv_heads}
+        options: dict[str, Any] = {"dtype": self._model.dtype, "layers": layers, "kv_heads": self._kv_heads}
+        if early is not None:
+            # The first piece names the size: most of the memory for the body has not been touched yet.
+            return await all_of(
+                self._source.get(reference, **options, progress=partial(self._require_room, early, reference))
+                for reference in references
+            )
         return await all_of(self._source.get(reference, **options) for reference in references)
+
+    def _require_room(self, number: int, reference: str, _arrived: int, total: int) -> None:
+        """Notes the size of a prefix that is fetched early.
+
+        Raises:
+            TooLarge: early fetches would have too many bytes together.
+        """
+        if (sizes := self._early_sizes.get(number)) is None or reference in sizes:
+            return  # it is a parcel's by now, whose bytes the scheduler counts, or it is noted
+        if sum(sum(others.values()) for others in list(self._early_sizes.values())) + total > self._early_bytes:
+            raise TooLarge(f"{reference} has {total} bytes, for which early fetches have no room")
+        sizes[reference] = total
 
     def reports(self) -> Reports:
         """Returns the parcels that arrived or failed since the last step."""
@@ -157,6 +200,11 @@ class WorkerHalf:
     def close(self) -> None:
         """Ends the thread and the connections."""
         self._background.close(self._source.close)
+
+
+def _is_of(prefix: "Prefix", reference: str) -> bool:
+    """Returns whether a prefix is that of an immutable reference."""
+    return f"{prefix.metadata['tenant']}/{prefix.metadata['adapter']}@{prefix.digest}" == reference
 
 
 def _places(load: Load, block_ids: Sequence[int], block_size: int) -> _Places:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Final, cast, get_args
 
 from prefix_service.errors import InvalidResponse
-from prefix_service.prefix.variant import Identity, KVDtype, Layout, Span, Variant
+from prefix_service.prefix.variant import DtypePair, Identity, KVDtype, Layout, Span, Variant
 
 _DTYPES: Final = get_args(KVDtype)
 _LAYOUTS: Final = get_args(Layout)
@@ -18,7 +18,7 @@ def read_metadata(metadata: Mapping[str, Any]) -> tuple[Identity, Variant]:
     """
     identity = read_identity(metadata)
     variant = Variant(
-        dtype=read_dtype(metadata),
+        dtypes=read_dtypes(metadata),
         batch_size=_size(metadata, "batch_size"),
         layers=_span(metadata, "layers", identity.num_layers),
         kv_heads=_span(metadata, "kv_heads", identity.num_kv_heads),
@@ -56,6 +56,20 @@ def read_dtype(metadata: Mapping[str, Any]) -> KVDtype:
         InvalidResponse: the dtype is missing, or not one that this service sends.
     """
     return cast(KVDtype, _one_of(metadata, "dtype", _DTYPES))
+
+
+def read_dtypes(metadata: Mapping[str, Any]) -> DtypePair:
+    """Returns the dtypes of keys and of values; a service that does not know two sends `dtype` alone.
+
+    Raises:
+        InvalidResponse: a dtype is missing, is not one that this service sends, or contradicts another.
+    """
+    if not metadata.keys() & {"key_dtype", "value_dtype"}:
+        return DtypePair.both(read_dtype(metadata))
+    found = DtypePair(*(_one_of(metadata, name, _DTYPES) for name in ("key_dtype", "value_dtype")))
+    if metadata.get("dtype", found.single) != found.single:
+        raise _wrong(metadata, "dtype", f"{found.single!r} beside key_dtype and value_dtype")
+    return found
 
 
 def _text(metadata: Mapping[str, Any], name: str) -> str:

@@ -3,18 +3,18 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
+from itertools import chain, product
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from prefix_service.prefix.buffers import memory_of
+from prefix_service.prefix.buffers import bytes_of, memory_of
 from prefix_service.prefix.mixed import Bytes, MixedBatch, RepeatedBytes, TensorBytes
 from prefix_service.prefix.variant import FORMAT, Variant
 from prefix_service.prefix.wire.masks import Extra
 from prefix_service.prefix.wire.prefix_file import CHUNK, JOINED, TensorSpec, chunks_of, write_header
-from prefix_service.prefix.wire.rendering import KV_DTYPES, Rendering
+from prefix_service.prefix.wire.rendering import BufferName, Rendering, dtype_groups
 
 _BLOCK: Final = 1 << 20  # bytes of short runs that are joined
 _RUNS: Final = 1024  # short runs that are joined
@@ -37,23 +37,26 @@ class MixedPrefixFile:
         return self.variant.kv_heads[1] - self.variant.kv_heads[0]
 
     @cached_property
-    def _specs(self) -> list[tuple[TensorSpec, range | None]]:
-        """The tensors in the order of the file; keys, values and scales with the range of cells that they hold."""
-        specs: list[tuple[TensorSpec, range | None]] = [
+    def _specs(self) -> list[tuple[TensorSpec, tuple[BufferName, range] | None]]:
+        """The tensors in the order of the file; keys, values and scales with the buffer and its range of cells that
+        they hold.
+        """
+        specs: list[tuple[TensorSpec, tuple[BufferName, range] | None]] = [
             (TensorSpec(name, extra.dtype, extra.shape), None) for name, extra in self.extras.items()
         ]
-        rows, tokens, cells = len(self.batch.rows), self.batch.num_virtual_tokens, 2 * self._layers
-        parts = [("", KV_DTYPES[self.variant.dtype], self.batch.first.identity.head_dim)]
-        if self.variant.dtype == "float8_e4m3fn":
-            parts.append(("_scale", torch.float32, 1))
-        for suffix, dtype, width in parts:
-            if self.variant.layout == "stacked":
-                shape: tuple[int, ...] = (rows, self._layers, 2, self._heads, tokens, width)
-                specs.append((TensorSpec(f"past_key_values{suffix}", dtype, shape), range(cells)))
-                continue
-            for cell in range(cells):
-                name = f"past_key_values.{self.variant.layers[0] + cell // 2}.{('key', 'value')[cell % 2]}{suffix}"
-                specs.append((TensorSpec(name, dtype, (rows, self._heads, tokens, width)), range(cell, cell + 1)))
+        rows, tokens = len(self.batch.rows), self.batch.num_virtual_tokens
+        for group in dtype_groups(self.variant.dtypes):
+            for source, dtype, suffix in group.buffers:
+                width = 1 if suffix else self.batch.first.identity.head_dim
+                if self.variant.layout == "stacked":
+                    shape: tuple[int, ...] = (rows, self._layers, len(group.parts), self._heads, tokens, width)
+                    cells = range(self._layers * len(group.parts))
+                    specs.append((TensorSpec(f"past_key_values{suffix}", dtype, shape), (source, cells)))
+                    continue
+                for cell, (layer, part) in enumerate(product(range(*self.variant.layers), group.parts)):
+                    name = f"past_key_values.{layer}.{('key', 'value')[part]}{suffix}"
+                    spec = TensorSpec(name, dtype, (rows, self._heads, tokens, width))
+                    specs.append((spec, (source, range(cell, cell + 1))))
         return sorted(specs, key=lambda spec: -spec[0].dtype.itemsize)
 
     @property
@@ -63,7 +66,7 @@ class MixedPrefixFile:
     @cached_property
     def header(self) -> bytes:
         """Length and JSON header, padded."""
-        identity, variant = self.batch.first.identity, self.variant
+        identity = self.batch.first.identity
         about = {
             "format": FORMAT,
             "rows": [row.as_metadata() for row in self.batch.rows],
@@ -71,12 +74,7 @@ class MixedPrefixFile:
             "num_layers": identity.num_layers,
             "num_kv_heads": identity.num_kv_heads,
             "head_dim": identity.head_dim,
-            "dtype": variant.dtype,
-            "batch_size": variant.batch_size,
-            "layers": variant.layers,
-            "kv_heads": variant.kv_heads,
-            "layout": variant.layout,
-            "expand": variant.expand,
+            **self.variant.as_metadata(),
         }
         return write_header(about, [spec for spec, _ in self._specs])
 
@@ -106,15 +104,18 @@ class MixedPrefixFile:
             yield b"".join(held)
 
     def _runs(self, renderings: Sequence[Sequence[Rendering]]) -> Iterator[Bytes]:
-        values = [[_values(rendering) for rendering in row] for row in renderings]
-        scales = [[_scales(rendering) for rendering in row if rendering.scales is not None] for row in renderings]
+        buffers = {
+            name: [[_tokens_of(rendering, group.name, name) for rendering in row] for row in renderings]
+            for group in dtype_groups(self.variant.dtypes)
+            for name, _, _ in group.buffers
+        }
         yield self.header
-        for spec, cells in self._specs:
-            if cells is None:
+        for spec, held in self._specs:
+            if held is None:
                 yield from chunks_of(self.extras[spec.name].pieces())
             else:
-                sources = scales if spec.name.endswith("_scale") else values
-                yield from self.batch.byte_runs(sources, self._heads, cells)
+                source, cells = held
+                yield from self.batch.byte_runs(buffers[source], self._heads, cells)
 
 
 def stacked(batch: MixedBatch, tensors: Sequence[Sequence[Tensor]], memory: memoryview) -> Tensor:
@@ -123,20 +124,27 @@ def stacked(batch: MixedBatch, tensors: Sequence[Sequence[Tensor]], memory: memo
 
     `tensors` has one tensor `[L', 2, H', n, D]` per prefix, nested as in the batch's rows.
     """
-    layers, _, heads, _, head_dim = next(chain.from_iterable(tensors)).shape
-    sources = [[_values(Rendering(tensor.contiguous(), None)) for tensor in row] for row in tensors]
+    first = next(chain.from_iterable(tensors))
+    layers, _, heads, _, head_dim = first.shape
+    sources = [[_tensor_bytes(tensor.contiguous()) for tensor in row] for row in tensors]
     at = 0
     for run in batch.byte_runs(sources, heads, range(2 * layers)):
         memory[at : at + len(run)] = run
         at += len(run)
     shape = (len(batch.rows), layers, 2, heads, batch.num_virtual_tokens, head_dim)
-    return memory_of(memory).view(KV_DTYPES[batch.dtype]).view(shape)
+    return memory_of(memory).view(first.dtype).view(shape)
 
 
-def _values(rendering: Rendering) -> TensorBytes:
-    *_, tokens, head_dim = rendering.values.shape
-    return TensorBytes(rendering.bytes_of("values"), tokens, head_dim * rendering.values.itemsize)
+def _tensor_bytes(tensor: Tensor) -> TensorBytes:
+    *_, tokens, head_dim = tensor.shape
+    return TensorBytes(bytes_of(tensor), tokens, head_dim * tensor.itemsize)
 
 
-def _scales(rendering: Rendering) -> TensorBytes:
-    return RepeatedBytes(rendering.bytes_of("scales"), rendering.values.shape[3], torch.float32.itemsize)
+def _tokens_of(rendering: Rendering, group: BufferName, name: BufferName) -> TensorBytes:
+    """Returns a buffer of a rendering, of keys and values or their scales; scales are repeated for all tokens of the
+    `group` that they belong to.
+    """
+    *_, tokens, width = rendering.buffers[group].shape
+    if name == group:
+        return TensorBytes(rendering.bytes_of(name), tokens, width * rendering.buffers[group].itemsize)
+    return RepeatedBytes(rendering.bytes_of(name), tokens, torch.float32.itemsize)

@@ -10,16 +10,18 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from itertools import repeat
+from itertools import product, repeat
 from math import prod
 from typing import Any, Final, Literal, NamedTuple, cast, get_args
 
 import torch
+from torch import Tensor
 
+from prefix_service.prefix.buffers import memory_of
 from prefix_service.prefix.safetensors_tensors import NAMES
-from prefix_service.prefix.variant import FORMAT, Identity, MaskDtype, Variant
+from prefix_service.prefix.variant import FORMAT, Identity, Layout, MaskDtype, Variant
 from prefix_service.prefix.wire.masks import AttentionMask, Bytes, Extra, Piece
-from prefix_service.prefix.wire.rendering import KV_DTYPES, BufferName, Rendering
+from prefix_service.prefix.wire.rendering import BufferName, DtypeGroup, Rendering, dtype_groups
 
 _ALIGNMENT: Final = 64
 _LENGTH: Final = struct.Struct("<Q")
@@ -48,14 +50,15 @@ class TensorSpec:
 
 
 class Slot(NamedTuple):
-    """One tensor of a file. `source` has one row of it, at `row_index`; the row is sent `times` times."""
+    """One tensor of a file. `source` has one row of it, behind `place` others of its size; the row is sent `times`
+    times."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     nbytes: int
     source: SlotSource
-    row_index: tuple[int, ...] = ()
+    place: int = 0
     times: int = 1
 
 
@@ -101,8 +104,11 @@ class PrefixFile:
 
     @property
     def canonical(self) -> "PrefixFile":
-        """The file in which this project's client asks for the same rendering: one tensor, one row."""
-        variant = replace(self.variant, batch_size=1, layout="stacked", expand=False)
+        """The file in which this project's client asks for the same rendering: one row, and one tensor if keys and
+        values have one dtype.
+        """
+        layout: Layout = "layers" if self.variant.dtypes.single is None else "stacked"
+        variant = replace(self.variant, batch_size=1, layout=layout, expand=False)
         mask = AttentionMask(1, self.identity.num_virtual_tokens, torch.int64)
         return PrefixFile(self.identity, variant, {"attention_mask": mask})
 
@@ -127,27 +133,35 @@ class PrefixFile:
         return {slot.name: slot for slot in self._slots}
 
     def _layer_slots(self) -> list[Slot]:
-        variant, heads = self.variant, self.variant.kv_heads[1] - self.variant.kv_heads[0]
-        shape = (variant.rows, heads, self.identity.num_virtual_tokens, self.identity.head_dim)
-        dtype, slots = KV_DTYPES[variant.dtype], []
-        nbytes = prod(shape) * dtype.itemsize
-        for number, layer in enumerate(range(*variant.layers)):
-            for part, name in enumerate(("key", "value")):
-                full, index = f"past_key_values.{layer}.{name}", (number, part)
-                slots.append(Slot(full, dtype, shape, nbytes, "values", index, variant.rows))
-                if variant.dtype == "float8_e4m3fn":
-                    slots.append(Slot(f"{full}_scale", torch.float32, (1, heads, 1, 1), 4 * heads, "scales", index))
+        variant, slots = self.variant, []
+        for group, (source, dtype, suffix) in self._buffers:
+            rows, tail = self._rows_and_tail(suffix)
+            shape = (rows, variant.kv_heads[1] - variant.kv_heads[0], *tail)
+            nbytes = prod(shape) * dtype.itemsize
+            places = product(range(*variant.layers), group.parts)
+            for place, (layer, part) in enumerate(places):  # as the buffer has them: (L', P, …)
+                name = f"past_key_values.{layer}.{('key', 'value')[part]}{suffix}"
+                slots.append(Slot(name, dtype, shape, nbytes, source, place, rows))
         return slots
 
     def _stacked_slots(self) -> list[Slot]:
-        variant, dtype = self.variant, KV_DTYPES[self.variant.dtype]
+        variant, slots = self.variant, []
         layers, heads = variant.layers[1] - variant.layers[0], variant.kv_heads[1] - variant.kv_heads[0]
-        shape = (variant.rows, layers, 2, heads, self.identity.num_virtual_tokens, self.identity.head_dim)
-        slots = [Slot("past_key_values", dtype, shape, prod(shape) * dtype.itemsize, "values", (), variant.rows)]
-        if variant.dtype == "float8_e4m3fn":
-            scales, nbytes = (1, layers, 2, heads, 1, 1), 4 * 2 * layers * heads
-            slots.append(Slot("past_key_values_scale", torch.float32, scales, nbytes, "scales"))
+        for group, (source, dtype, suffix) in self._buffers:
+            rows, tail = self._rows_and_tail(suffix)
+            shape = (rows, layers, len(group.parts), heads, *tail)
+            nbytes = prod(shape) * dtype.itemsize
+            slots.append(Slot(f"past_key_values{suffix}", dtype, shape, nbytes, source, 0, rows))
         return slots
+
+    @property
+    def _buffers(self) -> Iterator[tuple[DtypeGroup, tuple[BufferName, torch.dtype, str]]]:
+        return ((group, buffer) for group in dtype_groups(self.variant.dtypes) for buffer in group.buffers)
+
+    def _rows_and_tail(self, suffix: str) -> tuple[int, tuple[int, int]]:
+        """Returns the rows of a tensor, and its last two sizes: scales have one row, and stand for all tokens."""
+        tail = self.identity.num_virtual_tokens, self.identity.head_dim
+        return (1, (1, 1)) if suffix else (self.variant.rows, tail)
 
     @cached_property
     def rendering_nbytes(self) -> int:
@@ -192,7 +206,7 @@ class PrefixFile:
 
         Adjacent bytes are joined, and so are adjacent runs.
         """
-        metadata = {"format": FORMAT, **asdict(self.identity), **asdict(self.variant)}
+        metadata = {"format": FORMAT, **asdict(self.identity), **self.variant.as_metadata()}
         parts: list[bytes | Extra | _ByteRun] = [write_header(metadata, self._slots)]
         for slot in self._slots:
             last = parts[-1]
@@ -218,9 +232,20 @@ class PrefixFile:
 
     def _run_of(self, slot: Slot, source: BufferName) -> _ByteRun:
         row = slot.nbytes // slot.times
-        # (layer, part) of (L', 2, …) in the order of memory; one tensor of all begins at 0
-        start = row * (2 * slot.row_index[0] + slot.row_index[1]) if slot.row_index else 0
+        start = row * slot.place
         return source, start, start + row, slot.times
+
+    def mapped(self, rendering: Rendering, body: memoryview) -> Mapping[BufferName, Tensor]:
+        """Returns the buffers of a rendering as views of the body of its canonical file, which this is."""
+        memory, position = memory_of(body), len(self.header)
+        starts: dict[SlotSource, int] = {}
+        for slot in self._slots:  # those of a buffer are adjacent, in its order
+            starts.setdefault(slot.source, position)
+            position += slot.nbytes
+        return {
+            name: memory[starts[name] :][: buffer.nbytes].view(buffer.dtype).view(buffer.shape)
+            for name, buffer in rendering.buffers.items()
+        }
 
     def pieces(self, rendering: Rendering) -> Iterator[Piece]:
         """Yields the bytes of the file in order; a repeated row is one piece with its number of repetitions."""

@@ -1,9 +1,10 @@
 """Parses a safetensors file of this service in the memory in which a client received it."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 from typing import Any, Final
 
 import torch
@@ -14,8 +15,9 @@ from prefix_service.prefix.buffers import memory_of
 from prefix_service.prefix.kv import PrefixKV
 from prefix_service.prefix.safetensors_header import TensorEntry, parse_header
 from prefix_service.prefix.safetensors_tensors import DTYPES
-from prefix_service.prefix.variant import FORMAT
+from prefix_service.prefix.variant import FORMAT, Variant
 from prefix_service.prefix.wire.metadata import read_metadata
+from prefix_service.prefix.wire.rendering import DtypeGroup, dtype_groups
 
 _REMEMBERED: Final = 4096  # bytes of a header that is cached once parsed: twice the header of a stacked prefix
 
@@ -76,33 +78,62 @@ def _tensor_in(memory: Tensor, entry: TensorEntry) -> Tensor:
 
 
 def read_kv(received: Received, allocate: Callable[[int], memoryview] | None = None) -> PrefixKV:
-    """Returns the keys and values of a file in the layout `stacked` with one row, `[L', 2, H', N, D]`.
+    """Returns the keys and values of a file with one row, `[L', 2, H', N, D]`, in one dtype.
 
-    They share the memory of the file, except float8, which is decoded to float32 as `value * scale`, in memory that
-    `allocate` returns for a number of bytes (default: torch's).
+    One tensor shares the memory of the file. Otherwise memory comes from `allocate`, for a number of bytes (default:
+    torch's): float8 is decoded to float32 as `value * scale`, tensors of several layers are joined, and keys and values
+    of two dtypes become float32, which represents all of their numbers.
 
     Raises:
         InvalidResponse: the metadata is not that of a prefix, or the tensors do not have its shapes and dtypes.
     """
     identity, variant = read_metadata(received.metadata)
-    if variant.layout != "stacked" or variant.rows != 1:
-        raise InvalidResponse(
-            f"the answer has layout {variant.layout} and {variant.rows} rows, where layout stacked and one row was "
-            "expected"
-        )
     layers, heads = (last - first for first, last in (variant.layers, variant.kv_heads))
-    shape = (1, layers, 2, heads, identity.num_virtual_tokens, identity.head_dim)
-    expected = {
-        "past_key_values": (getattr(torch, variant.dtype), shape),
-        "attention_mask": (torch.int64, (variant.batch_size, identity.num_virtual_tokens)),
+    if variant.rows != 1:
+        raise InvalidResponse(f"the answer has {variant.rows} rows, where one row was expected")
+    if variant.layout == "stacked" and variant.dtypes.single is None:
+        raise InvalidResponse("the answer has the layout stacked, and two dtypes")
+    if variant.layout == "layers" and len(received.tensors) <= 2 * layers:  # before their names are made
+        raise InvalidResponse(f"the answer has {len(received.tensors)} tensors, too few for {layers} layers")
+    named = list(_named(variant))
+    tail = identity.num_virtual_tokens, identity.head_dim
+    lead = (1, layers, 2, heads) if variant.layout == "stacked" else (1, heads)
+    expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        "attention_mask": (torch.int64, (variant.batch_size, identity.num_virtual_tokens))
     }
-    if variant.dtype == "float8_e4m3fn":
-        expected["past_key_values_scale"] = (torch.float32, (*shape[:4], 1, 1))
+    for name, group, _ in named:
+        expected[name] = group.dtype, (*lead, *tail)
+        if group.is_scaled:
+            expected[f"{name}_scale"] = torch.float32, (*lead, 1, 1)
     _require(received.tensors, expected)
-    tensor = received.tensors["past_key_values"][0]
-    if variant.dtype == "float8_e4m3fn":
-        tensor = _decoded(tensor, received.tensors["past_key_values_scale"][0], allocate)
+    groups = dtype_groups(variant.dtypes)
+    if variant.layout == "stacked" and not groups[0].is_scaled:
+        tensor = received.tensors["past_key_values"][0]
+    else:
+        dtype = torch.float32 if len(groups) > 1 or groups[0].is_scaled else groups[0].dtype
+        tensor = _allocated((layers, 2, heads, *tail), dtype, allocate)
+        for name, group, place in named:
+            part = tensor[place].copy_(received.tensors[name][0])
+            if group.is_scaled:
+                part.mul_(received.tensors[f"{name}_scale"][0])
     return PrefixKV(tensor, variant.layers, variant.kv_heads, identity.num_layers, identity.num_kv_heads)
+
+
+def _named(variant: Variant) -> Iterator[tuple[str, DtypeGroup, tuple[int, ...]]]:
+    """Yields the name of each tensor of keys, values or both, its group, and its place in a tensor `[L', 2, …]`."""
+    for group in dtype_groups(variant.dtypes):
+        if variant.layout == "stacked":
+            yield "past_key_values", group, ()
+            continue
+        for number, layer in enumerate(range(*variant.layers)):
+            for part in group.parts:
+                yield f"past_key_values.{layer}.{('key', 'value')[part]}", group, (number, part)
+
+
+def _allocated(shape: tuple[int, ...], dtype: torch.dtype, allocate: Callable[[int], memoryview] | None) -> Tensor:
+    size = prod(shape) * dtype.itemsize
+    flat = torch.empty(size, dtype=torch.uint8) if allocate is None else memory_of(allocate(size))
+    return flat.view(dtype).view(shape)
 
 
 def _require(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
@@ -117,9 +148,3 @@ def _require(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[torch.d
 
 def _described(tensor: tuple[torch.dtype, tuple[int, ...]] | None) -> str:
     return "none" if tensor is None else f"{str(tensor[0]).removeprefix('torch.')} {list(tensor[1])}"
-
-
-def _decoded(values: Tensor, scales: Tensor, allocate: Callable[[int], memoryview] | None) -> Tensor:
-    size = values.numel() * torch.float32.itemsize
-    flat = torch.empty(size, dtype=torch.uint8) if allocate is None else memory_of(allocate(size))
-    return flat.view(torch.float32).view(values.shape).copy_(values).mul_(scales)

@@ -73,7 +73,8 @@ const FORMS = {
   },
 };
 
-const wordsOf = (form) => `${form.dtype}, layers ${form.layers}, heads ${form.kv_heads}`;
+const dtypeOf = (form) => form.dtype ?? `keys ${form.key_dtype}, values ${form.value_dtype}`;
+const wordsOf = (form) => `${dtypeOf(form)}, layers ${form.layers}, heads ${form.kv_heads}`;
 
 // What left memory, the newest first, and why it was the one.
 function Evicted({ evicted }) {
