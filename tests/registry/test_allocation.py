@@ -28,6 +28,7 @@ EXHAUSTING = textwrap.dedent(
     import torch
     from prefix_service.errors import OutOfSpace
     from prefix_service.prefix.kv import PrefixKV
+    from prefix_service.prefix.variant import DtypePair
     from prefix_service.registry.keys import RenderingKey, VersionKey
     from prefix_service.registry.registry import AdapterRegistry
 

@@ -79,7 +79,8 @@ def test_writes_have_bodies(document: dict[str, Any]) -> None:
 def test_prefix_options_are_documented(document: dict[str, Any]) -> None:
     """The document has all options, in the query and in the JSON body, and the headers that count."""
     path = document["paths"]["/v1/tenants/{tenant}/adapters/{ref}/prefix"]
-    options = {"batch_size", "dtype", "layout", "layers", "kv_heads", "tp", "mask_dtype", "expand"}
+    options = {"batch_size", "dtype", "key_dtype", "value_dtype", "layout", "layers", "kv_heads", "tp", "mask_dtype"}
+    options.add("expand")
     for method in ("get", "head", "post"):
         assert {p["name"] for p in path[method]["parameters"] if p["in"] == "query"} == options
     named = {p["name"] for p in path["get"]["parameters"] if p["in"] == "header"}
