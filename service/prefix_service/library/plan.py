@@ -188,8 +188,8 @@ def make_mixed_plan(rows: MixedVersions, request: MixedRequest, mask: InputMask 
     found = [Row(tuple(prefixes[ref] for ref, _ in row), isinstance(ask, list)) for row, ask in asked]
     batch = MixedBatch.of(found, request.key_dtype or request.dtype, request.value_dtype or request.dtype)
     # One row of each prefix, as this project's client asks for it, so that both share renderings.
-    options = request.model_dump(exclude={"rows", "mask_dtype"}) | batch.dtypes.as_metadata()
-    options |= {"batch_size": 1, "expand": False}
+    options = request.model_dump(exclude={"rows", "mask_dtype"}) | {"batch_size": 1, "expand": False}
+    options |= {"key_dtype": batch.dtypes.key, "value_dtype": batch.dtypes.value}
     if batch.dtypes.single is not None:
         options["layout"] = "stacked"
     single = PrefixRequest.model_validate(options)

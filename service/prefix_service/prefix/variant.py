@@ -51,8 +51,13 @@ class DtypePair(NamedTuple):
         return self.key if self.key == self.value else None
 
     def as_metadata(self) -> dict[str, KVDtype | None]:
-        """Returns `dtype`, which is None if keys and values have two, `key_dtype` and `value_dtype`."""
-        return {"dtype": self.single, "key_dtype": self.key, "value_dtype": self.value}
+        """Returns `dtype`, and if keys and values have two, None for it, beside `key_dtype` and `value_dtype`.
+
+        One dtype has one name alone, as before there could be two: the bytes of such answers stay what they were.
+        """
+        if self.single is not None:
+            return {"dtype": self.single}
+        return {"dtype": None, "key_dtype": self.key, "value_dtype": self.value}
 
 
 @dataclass(frozen=True, slots=True)

@@ -195,8 +195,6 @@ def test_metadata_tells_the_rows(client: httpx.Client) -> None:
         "num_kv_heads": 2,
         "head_dim": 4,
         "dtype": "float32",
-        "key_dtype": "float32",
-        "value_dtype": "float32",
         "batch_size": 6,
         "layers": [0, 2],
         "kv_heads": [0, 2],

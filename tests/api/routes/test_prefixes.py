@@ -117,20 +117,20 @@ def test_keys_and_values_in_two_dtypes(client: httpx.Client, case: str, heads: s
 def test_each_dtype_falls_back_to_dtype(client: httpx.Client) -> None:
     """`key_dtype` and `value_dtype` fall back to `dtype`, and that to the stored one; two names mean one answer."""
 
-    def about(**options: Any) -> tuple[str | None, str, str]:
+    def about(**options: Any) -> tuple[str | None, str | None, str | None]:
         answer = client.get(PREFIX, params=options)
         found = about_of(answer.content)
         assert answer.headers["etag"] not in seen or seen[answer.headers["etag"]] == answer.content
         seen[answer.headers["etag"]] = answer.content
-        return found["dtype"], found["key_dtype"], found["value_dtype"]
+        return found["dtype"], found.get("key_dtype"), found.get("value_dtype")
 
     seen: dict[str, bytes] = {}
-    assert about() == ("float32", "float32", "float32")
+    assert about() == ("float32", None, None)
     assert about(key_dtype="float16") == (None, "float16", "float32")
     assert about(value_dtype="float16") == (None, "float32", "float16")
     assert about(dtype="float16", value_dtype="bfloat16") == (None, "float16", "bfloat16")
     assert about(key_dtype="float16", value_dtype="bfloat16") == (None, "float16", "bfloat16")
-    assert about(dtype="float16", key_dtype="float32", value_dtype="float32") == ("float32", "float32", "float32")
+    assert about(dtype="float16", key_dtype="float32", value_dtype="float32") == ("float32", None, None)
     assert len(seen) == 4, "equal pairs have equal entity tags"
 
 
@@ -247,8 +247,6 @@ def test_metadata(client: httpx.Client, versions: dict[str, dict[str, Any]]) -> 
         "num_kv_heads": HEADS,
         "head_dim": DIM,
         "dtype": "float16",
-        "key_dtype": "float16",
-        "value_dtype": "float16",
         "batch_size": 2,
         "layers": [1, 3],
         "kv_heads": [0, 1],

@@ -10,7 +10,7 @@ from prefix_service.client import Prefix, PrefixClient
 from prefix_service.client.prefixes.precision import DTYPES, PAIRS, pair_costs
 from prefix_service.errors import DimensionMismatch
 from prefix_service.prefix.variant import DtypePair, KVDtype
-from tests.architectures import base
+from tests.architectures import NAMED, base
 from tests.client.conftest import GPT2, LLAMA
 from tests.conftest import CORPUS, Server
 
@@ -25,7 +25,7 @@ def client(server: Server) -> Iterator[PrefixClient]:
 
 def test_each_pair_is_compared_with_float32(client: PrefixClient) -> None:
     """Bytes are those that are sent; divergence and changes are those of the prefix that arrives, of all texts."""
-    model = base("llama").double()
+    model = NAMED["llama"].build().double()  # `base` is shared
     prefixes = {dtype: client.get("precision/llama", dtype=dtype) for dtype in DTYPES}
     draw = torch.Generator().manual_seed(0)
     texts = [torch.randint(3, model.config.vocab_size, (1, length), generator=draw) for length in (70, 5)]

@@ -72,17 +72,16 @@ files = st.builds(file_of, variants, st.sampled_from(list(MASK_DTYPES)))
 TINY = PrefixKV.whole(torch.tensor([1.0, -2.0, 0.5, 3.0]).view(1, 2, 1, 1, 2))
 TINY_IDENTITY = Identity("t", "a", 1, "sha256:0", "PREFIX_TUNING", 'm\u00fc"\\\n\u007f', 1, 1, 1, 2)
 GOLDEN = (
-    b"\xb8\x02\x00\x00\x00\x00\x00\x00"
+    b"\x78\x02\x00\x00\x00\x00\x00\x00"
     b'{"__metadata__":{"prefix":"{\\"adapter\\":\\"a\\",\\"base_model_name_or_path\\":\\"m\xc3\xbc\\\\\\"\\\\\\\\\\\\n\x7f\\",'
     b'\\"batch_size\\":2,\\"digest\\":\\"sha256:0\\",\\"dtype\\":\\"bfloat16\\",\\"expand\\":true,\\"format\\":1,'
-    b'\\"head_dim\\":2,\\"key_dtype\\":\\"bfloat16\\",\\"kv_heads\\":[0,1],\\"layers\\":[0,1],\\"layout\\":\\"layers\\",'
-    b'\\"num_kv_heads\\":1,'
+    b'\\"head_dim\\":2,\\"kv_heads\\":[0,1],\\"layers\\":[0,1],\\"layout\\":\\"layers\\",\\"num_kv_heads\\":1,'
     b'\\"num_layers\\":1,\\"num_virtual_tokens\\":1,\\"peft_type\\":\\"PREFIX_TUNING\\",\\"tenant\\":\\"t\\",'
-    b'\\"value_dtype\\":\\"bfloat16\\",\\"version\\":1}"},'
+    b'\\"version\\":1}"},'
     b'"attention_mask":{"dtype":"I64","shape":[2,1],"data_offsets":[0,16]},'
     b'"past_key_values.0.key":{"dtype":"BF16","shape":[2,1,1,2],"data_offsets":[16,24]},'
     b'"past_key_values.0.value":{"dtype":"BF16","shape":[2,1,1,2],"data_offsets":[24,32]}}'
-    b"                  "
+    b"          "
     b"\x01\x00\x00\x00\x00\x00\x00\x00\x01\x00\x00\x00\x00\x00\x00\x00"
     b"\x80\x3f\x00\xc0\x80\x3f\x00\xc0"
     b"\x00\x3f\x40\x40\x00\x3f\x40\x40"
@@ -396,11 +395,23 @@ def changed(metadata: Mapping[str, Any] | None = None, **tensors: Tensor) -> Rec
         (changed({"num_layers": True}), "num_layers should be a positive integer, got True"),
         (changed({"version": "1"}), "version should be a positive integer, got '1'"),
         (changed({"tenant": 7}), "tenant should be a text, got 7"),
-        (changed({"key_dtype": "int8"}), "key_dtype should be one of float32, .*, got 'int8'"),
-        (changed({"value_dtype": None}), "value_dtype should be one of float32, .*, got None"),
-        (changed({"dtype": "float16"}), "dtype should be 'float32' beside key_dtype and value_dtype, got 'float16'"),
-        (changed({"value_dtype": "float16"}), "dtype should be None beside key_dtype and value_dtype, got 'float32'"),
-        (changed({"dtype": None, "value_dtype": "float16"}), "the layout stacked, and two dtypes"),
+        (
+            changed({"key_dtype": "int8", "value_dtype": "float32"}),
+            "key_dtype should be one of float32, .*, got 'int8'",
+        ),
+        (changed({"key_dtype": "float32"}), "value_dtype should be one of float32, .*, got None"),
+        (
+            changed({"dtype": "float16", "key_dtype": "float32", "value_dtype": "float32"}),
+            "dtype should be 'float32' beside key_dtype and value_dtype, got 'float16'",
+        ),
+        (
+            changed({"key_dtype": "float32", "value_dtype": "float16"}),
+            "dtype should be None beside key_dtype and value_dtype, got 'float32'",
+        ),
+        (
+            changed({"dtype": None, "key_dtype": "float32", "value_dtype": "float16"}),
+            "the layout stacked, and two dtypes",
+        ),
         (changed({"expand": 0}), "expand should be one of True, False, got 0"),
         (Received({"format": 1}, {}), "tenant should be a text, got None"),
         (

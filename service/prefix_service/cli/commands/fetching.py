@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, get_args
 import typer
 from rich.progress import Progress
 
-from prefix_service.checkpoints.folders import write_base_model
 from prefix_service.checkpoints.remote.address import FORMS, Address, is_address, parse_address
 from prefix_service.cli.console import errors_console, print_json, print_table, say, working
 from prefix_service.cli.files import check_output, written
@@ -106,7 +105,8 @@ def _save(tensors: "Mapping[str, Tensor]", metadata: Mapping[str, Any], output: 
     from safetensors.torch import save_file
 
     saved: Any = str(tensors["past_key_values.0.key"].dtype).removeprefix("torch.")
-    described = {**metadata, **DtypePair.both(saved).as_metadata()}
+    described = {name: value for name, value in metadata.items() if name not in ("key_dtype", "value_dtype")}
+    described |= DtypePair.both(saved).as_metadata()
     with written(output) as aside:
         try:
             whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -208,6 +208,8 @@ def _write(client: "PrefixClient", version: Mapping[str, Any], folder: Path) -> 
         (folder / CONFIG_NAME).write_bytes(client.config_file(_by_digest(version)))
         if card := client.card(_by_digest(version)):
             (folder / CARD_NAME).write_bytes(card.encode())
+        from prefix_service.checkpoints.folders import write_base_model
+
         write_base_model(folder, client.base_model(_by_digest(version)))
         partial.rename(folder / WEIGHTS_NAME)
     finally:

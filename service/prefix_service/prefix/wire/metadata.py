@@ -59,7 +59,7 @@ def read_dtype(metadata: Mapping[str, Any]) -> KVDtype:
 
 
 def read_dtypes(metadata: Mapping[str, Any]) -> DtypePair:
-    """Returns the dtypes of keys and of values; a service that does not know two sends `dtype` alone.
+    """Returns the dtypes of keys and of values; there is `dtype` alone if they have one.
 
     Raises:
         InvalidResponse: a dtype is missing, is not one that this service sends, or contradicts another.
