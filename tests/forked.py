@@ -4,6 +4,7 @@ costs no seconds of imports.
 Tests alone use this; measurements start a program of their own.
 """
 
+import contextlib
 import multiprocessing
 import os
 import pickle
@@ -70,7 +71,8 @@ class Forked:
     def send_signal(self, number: int) -> None:
         """Sends a signal, unless the command has ended."""
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):  # it has ended since
+                os.kill(self.pid, number)
 
     def kill(self) -> None:
         """Kills the command."""
