@@ -24,7 +24,11 @@ def main(
     seconds: Annotated[float, typer.Option(min=1, help="Of each attack, and of the neighbour alone before it.")] = 5,
     rounds: Annotated[
         int,
-        typer.Option(min=1, help="Of each attack, and as many again if its times do not hold. Their median counts."),
+        typer.Option(
+            min=1,
+            help="Of each attack, and as many again if its times do not hold. Their median counts, "
+            "without rounds in which the machine itself stalled.",
+        ),
     ] = 3,
     parser: Annotated[str, typer.Option(help="httptools or h11.")] = "httptools",
 ) -> None:
@@ -49,6 +53,8 @@ def main(
 def _show(verdict: Verdict) -> None:
     answers = ", ".join(f"{status}: {count}" for status, count in verdict.answers.items())
     console.print(f"  answered {answers or 'nothing'}")
+    if stalled := len(verdict.rounds) - len(verdict.undisturbed):
+        console.print(f"  the machine stalled in {stalled} of {len(verdict.rounds)} rounds")
     for reason in verdict.broken + verdict.slow():
         console.print(f"  [red]{reason}[/]")
 
