@@ -1,5 +1,7 @@
 """The number of files that this process can open, and the share of them that connections get."""
 
+import fcntl
+import os
 import resource
 from typing import Final
 
@@ -24,3 +26,20 @@ def most_connections(wanted: int) -> int:
     if soft == resource.RLIM_INFINITY:
         return wanted
     return max(1, min(wanted, (soft - RESERVE) // _EACH))
+
+
+def make_room_for_connections(connections: int) -> None:
+    """Grows the kernel's table of this process's open files to what so many connections need.
+
+    Linux doubles the table when it is full. In a process with threads each doubling waits, inside `accept`, until all
+    processors have passed a quiet state (`expand_fdtable` in Linux's fs/file.c): tens of milliseconds on a busy
+    machine, in which the event loop answers nobody. The table never shrinks.
+    """
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = RESERVE + _EACH * connections
+    last = (wanted if soft == resource.RLIM_INFINITY else min(wanted, soft)) - 1
+    source = os.open(os.devnull, os.O_RDONLY)
+    try:
+        os.close(fcntl.fcntl(source, fcntl.F_DUPFD_CLOEXEC, last))
+    finally:
+        os.close(source)

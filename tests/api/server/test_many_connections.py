@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
+from prefix_service.settings import Settings
 from tests.api.helpers import RawAnswer, assert_alive, head, read_answer, upload, versions_path
 from tests.commands import PREFIX_SERVICE
 from tests.conftest import Server, running_server
@@ -124,10 +125,13 @@ def with_files(limit: str) -> list[str]:
 
 
 def test_the_soft_limit_of_files_is_raised(tmp_path: Path) -> None:
-    """The service raises its soft limit of files to the hard one, because a shell may have set 1,024."""
+    """The service raises its soft limit of files to the hard one, because a shell may have set 1,024; and the kernel's
+    table of its files has room for all connections, so that no `accept` waits for the table to grow."""
     with running_server(tmp_path / "data", program=with_files("-S -n 300")) as server:
         soft, hard = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
         assert soft == min(hard, 1 << 20)
+        status = Path(f"/proc/{server.process.pid}/status").read_text()
+        assert int(status.partition("FDSize:")[2].split()[0]) > 2 * Settings().max_connections
 
 
 def test_a_flood_leaves_files_for_work(tmp_path: Path) -> None:

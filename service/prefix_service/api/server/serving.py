@@ -20,6 +20,7 @@ from prefix_service.api.server.connections import KEEP_ALIVE, Guarded
 from prefix_service.api.server.protocols import connection_class
 from prefix_service.catalog.records import Principal
 from prefix_service.settings import Settings
+from prefix_service.system.file_limit import make_room_for_connections, most_connections
 from prefix_service.system.host_memory import return_freed_memory
 
 GRACE: Final = 30
@@ -58,6 +59,7 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         self._app, self._on_ready, self._on_end = app, on_ready, on_end
+        self._connections = most_connections(settings.max_connections)
         self._opened = contextlib.AsyncExitStack()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -68,6 +70,7 @@ class Server(uvicorn.Server):
         """
         sys.setswitchinterval(_SWITCH)
         return_freed_memory()
+        make_room_for_connections(self._connections)
         async with contextlib.AsyncExitStack() as stack:
             await stack.enter_async_context(self._app.router.lifespan_context(self._app))
             self._app.openapi()  # takes 0.2 s, which the first caller of the document would block the loop for
