@@ -149,7 +149,8 @@ def _distances(asking: Asking, close: float) -> dict[str, float]:
         assert apart < close, f"{adapter}, {prompt}: {apart:.3f} apart from PEFT, more than {close}"
         kind = "plain" if adapter is None else "adapters"
         found[kind] = max(found[kind], apart)
-        if adapter in ("a", "b"):
+        # Behind a long prompt windows have forgotten any prefix, and answers behind two of them are nearly equal.
+        if adapter in ("a", "b") and prompt != "long":
             other = _apart(asking.reference, "b" if adapter == "a" else "a", prompt, output)
             assert other > 2 * close, f"{adapter}, {prompt}: only {other:.3f} apart from another prefix's answer"
             found["others"] = min(found["others"], other)
