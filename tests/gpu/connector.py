@@ -56,6 +56,7 @@ class _Case:
 
 
 _FEW: Final = {"max_num_batched_tokens": 64, "num_gpu_blocks_override": _FEW_BLOCKS // 32, "block_size": 32}
+_FLASH: Final = {"attention_backend": "FLASH_ATTN"}
 _CASES: Final = {
     "default attention backend": _Case(needs_gpu=False),
     "prompts in chunks, preempted requests": _Case(_FEW, needs_gpu=False),
@@ -67,8 +68,9 @@ _CASES: Final = {
     "FlashInfer": _Case({"attention_backend": "FLASHINFER"}),
     "Triton": _Case({"attention_backend": "TRITON_ATTN"}),
     "FlexAttention": _Case({"attention_backend": "FLEX_ATTENTION"}),
-    "heads before tokens in a block (HND)": _Case(environment={"VLLM_KV_CACHE_LAYOUT": "HND"}),
-    "tokens before heads in a block (NHD)": _Case(environment={"VLLM_KV_CACHE_LAYOUT": "NHD"}),
+    # FlashAttention by name: the default of newer cards, FlashInfer, reads heads before tokens alone there.
+    "heads before tokens in a block (HND)": _Case(_FLASH, {"VLLM_KV_CACHE_LAYOUT": "HND"}),
+    "tokens before heads in a block (NHD)": _Case(_FLASH, {"VLLM_KV_CACHE_LAYOUT": "NHD"}),
 }
 
 
@@ -147,7 +149,8 @@ def _distances(asking: Asking, close: float) -> dict[str, float]:
         assert apart < close, f"{adapter}, {prompt}: {apart:.3f} apart from PEFT, more than {close}"
         kind = "plain" if adapter is None else "adapters"
         found[kind] = max(found[kind], apart)
-        if adapter in ("a", "b"):
+        # Behind a long prompt windows have forgotten any prefix, and answers behind two of them are nearly equal.
+        if adapter in ("a", "b") and prompt != "long":
             other = _apart(asking.reference, "b" if adapter == "a" else "a", prompt, output)
             assert other > 2 * close, f"{adapter}, {prompt}: only {other:.3f} apart from another prefix's answer"
             found["others"] = min(found["others"], other)

@@ -1,5 +1,6 @@
 """The rows of the table that `bash tests/gpu/run` prints."""
 
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -9,6 +10,7 @@ from tests.benchmarks.tables import Grid
 PASSED: Final = "passed"
 FAILED: Final = "FAILED"
 NOT_RUN: Final = "NOT RUN"
+_END: Final = 400  # characters of an error in a row
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +28,14 @@ def attempt(part: str, what: str, check: Callable[[], str]) -> Row:
     try:
         return Row(part, what, PASSED, check())
     except Exception as error:  # noqa: BLE001 - the others are run too
-        return Row(part, what, FAILED, f"{type(error).__name__}: {error}".replace("\n", " ")[:400])
+        return failed(part, what, error)
+
+
+def failed(part: str, what: str, error: Exception) -> Row:
+    """Prints an error in full on stderr; returns a row with its end, where an error with vLLM's log has the reason."""
+    traceback.print_exception(error)
+    told = str(error).replace("\n", " ")
+    return Row(part, what, FAILED, f"{type(error).__name__}: {told if len(told) <= _END else f'…{told[-_END:]}'}")
 
 
 def table(title: str, rows: Sequence[Row]) -> Grid:

@@ -21,6 +21,8 @@ def rows() -> list[Row]:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-m", "cuda", "-q", f"--junit-xml={report}", *_FOLDERS]
         ended = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True)
+        if ended.returncode:
+            sys.stderr.write(ended.stdout + ended.stderr)  # rows have the first line of each failure alone
         if not report.exists():
             return [Row(PART, "tests with the mark cuda", FAILED, (ended.stdout + ended.stderr)[-400:])]
         cases = list(ElementTree.parse(report).iter("testcase"))  # noqa: S314 - pytest wrote it

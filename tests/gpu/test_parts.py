@@ -29,15 +29,19 @@ def test_without_a_gpu_the_table_says_what_was_not_run_and_the_command_fails(
     assert "0 of 3 rows passed" in printed.err
 
 
-def test_a_check_that_fails_is_a_row_with_its_error() -> None:
-    """The checks behind it are run too."""
+def test_a_check_that_fails_is_a_row_with_its_error(capsys: pytest.CaptureFixture[str]) -> None:
+    """The checks behind it are run too. A row has the end of a long error, and stderr all of it."""
 
-    def fail() -> str:
-        raise ValueError("too far\napart")
+    def fail(told: str) -> str:
+        raise ValueError(told)
 
-    assert rows.attempt("connector", "graphs", fail) == rows.Row(
+    assert rows.attempt("connector", "graphs", lambda: fail("too far\napart")) == rows.Row(
         "connector", "graphs", "FAILED", "ValueError: too far apart"
     )
+    told = rows.attempt("connector", "graphs", lambda: fail("vLLM ended:\n" + "log " * 200 + "no memory")).told
+    assert told.startswith("ValueError: …")
+    assert told.endswith("log no memory")
+    assert "ValueError: vLLM ended:\nlog log" in capsys.readouterr().err
     assert rows.attempt("connector", "graphs", lambda: "0.1").result == "passed"
 
 

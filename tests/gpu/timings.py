@@ -20,7 +20,7 @@ from prefix_service.client import PrefixClient
 from tests.benchmarks.speed.harness import QUIET, Spread, in_turns, say
 from tests.benchmarks.vllm import first_token
 from tests.conftest import Server, running_server
-from tests.gpu.rows import FAILED, NOT_RUN, PASSED, Row, attempt
+from tests.gpu.rows import NOT_RUN, PASSED, Row, attempt, failed
 from tests.vllm.driver import Engine, engine, transfer_config
 from tests.vllm.publishing import publish
 
@@ -51,7 +51,7 @@ def rows(*, has_gpu: bool) -> Iterator[Row]:
     try:
         found = _measured(lengths, has_gpu=has_gpu)
     except Exception as error:  # noqa: BLE001 - the table shows it
-        yield Row(PART, "all", FAILED, f"{type(error).__name__}: {error}".replace("\n", " ")[-400:])
+        yield failed(PART, "all", error)
         return
     for length, times in found.items():
         yield Row(PART, f"first token behind {length:,} tokens, ms", *_told(length, times, has_gpu=has_gpu))
