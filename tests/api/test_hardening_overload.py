@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save
 
 from prefix_service.blobs.folder import FolderBlobStore
-from prefix_service.registry.failures import REMEMBERED_SECONDS
 from prefix_service.registry.registry import LEAST
+from prefix_service.system.failures import REMEMBERED_SECONDS
 from tests.api.helpers import CONFIG, assert_alive, problem, upload, weights
 from tests.conftest import Server, running_server
 

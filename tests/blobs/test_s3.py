@@ -26,6 +26,7 @@ from prefix_service.errors import (
     Unavailable,
 )
 from prefix_service.settings import Settings
+from prefix_service.system.failures import REMEMBERED_SECONDS, Failures
 from tests.blobs.odd_server import Answer, OddServer, odd_server
 from tests.blobs.places import BucketPlace
 from tests.blobs.test_contract import DATA, digest_of, flipped, opened, staged
@@ -197,6 +198,31 @@ def test_damage_that_cannot_be_copied_is_not_served(store: S3BlobStore, place: B
     assert store.read(digest) == DATA
 
 
+def test_a_damaged_object_is_read_once_in_a_moment(
+    store: S3BlobStore, place: BucketPlace, odd: OddServer, tmp_path: Path
+) -> None:
+    """Many reads of a damaged object ask the server once in a moment; a commit ends the moment, and so does removal."""
+    digest, now = staged(store).commit(), 100.0
+    store._failures = Failures(lambda: now)
+    for heal in (lambda: staged(store).commit(), lambda: store.remove([digest], older_than=-3600)):
+        place.overwrite(digest, flipped(DATA))
+        store._drop(digest)
+        for _ in range(2):
+            odd.asked.clear()
+            for read in (store.read, store.open, lambda digest: store.copy(digest, tmp_path / "copy")):
+                with pytest.raises(CorruptBlob, match="publish the same files again"):
+                    read(digest)
+            assert sum(asked.startswith("GET") for asked in odd.asked) == 2
+            now += REMEMBERED_SECONDS
+        with pytest.raises(CorruptBlob):
+            store.read(digest)
+        heal()
+        if store.exists(digest):
+            assert store.read(digest) == DATA
+    with pytest.raises(NotFound):
+        store.read(digest)
+
+
 @pytest.mark.parametrize("at", range(5))
 def test_a_commit_elsewhere_outlives_damage(
     store: S3BlobStore, place: BucketPlace, odd: OddServer, tmp_path: Path, at: int
@@ -220,6 +246,7 @@ def test_a_commit_elsewhere_outlives_damage(
         if len(odd.asked) <= at:
             staged(elsewhere).commit()
     odd.refusal = lambda _method, _path: None
+    store._failures = Failures()  # a moment later
     for each in (store, place.another(tmp_path / "third")):
         assert each.read(digest) == DATA
 

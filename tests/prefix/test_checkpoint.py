@@ -9,8 +9,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from prefix_service.errors import InvalidCheckpoint, InvalidConfig
-from prefix_service.prefix.checkpoint import PrefixWeights, find_prefix, load_weights
+from prefix_service.prefix.checkpoint import PrefixWeights, load_weights
 from prefix_service.prefix.config import PrefixConfig, parse_config
+from prefix_service.prefix.layouts import find_prefix
 
 N, L, H, D, HIDDEN = 5, 3, 2, 4, 6
 TOKEN_DIM, WIDTH = H * D, L * 2 * H * D

@@ -196,12 +196,7 @@ def _compose(
     device = choose_device(settings.device)
     registry = AdapterRegistry(device, settings.device_bytes, settings.rendering_bytes)
     limits = Limits(settings.max_batch_size, settings.max_sequence_length, settings.max_upload_bytes)
-    admission = Admission(
-        in_flight=settings.max_in_flight,
-        in_flight_tenant=settings.max_in_flight_tenant,
-        work_bytes=settings.work_bytes,
-        processors=os.cpu_count() or 1,
-    )
+    admission = _admission(settings)
     metrics.watch(registry.tiers, admission.report)
     numbers = Live(metrics.place)
     numbers.watch(registry.tiers, admission.requests)
@@ -217,10 +212,14 @@ def _compose(
     statistics = InferenceStatistics()
     usage_counts = UsageCounts(None if settings.read_only else UsageStore(database).add)
     readiness = Readiness(checks_of(settings, database, blobs, lambda: feed.are_known))
-    beats = None
-    if settings.catalog_url is not None and not settings.read_only:
-        beats = Replicas(database, replica_id(settings.data_dir))
-    fleet = Fleet(beats, feed, registry, rates.divide, address=settings.advertise, release=version("prefix-service"))
+    fleet = Fleet(
+        _replicas(settings, database),
+        feed,
+        registry,
+        rates.divide,
+        address=settings.advertise,
+        release=version("prefix-service"),
+    )
     watchers = Watchers(database, settings.max_watchers, lambda: feed.is_following)
     # Watchers last: when they wake, a revoked key is known to be.
     for listening in (cases.residency, cases.publisher, known_keys, rates, statistics, usage_counts, watchers):
@@ -253,3 +252,19 @@ def _compose(
         watchers=watchers,
     )
     return state, feed
+
+
+def _admission(settings: Settings) -> Admission:
+    return Admission(
+        in_flight=settings.max_in_flight,
+        in_flight_tenant=settings.max_in_flight_tenant,
+        work_bytes=settings.work_bytes,
+        processors=os.cpu_count() or 1,
+    )
+
+
+def _replicas(settings: Settings, database: Database) -> Replicas | None:
+    """Returns the catalog's replicas, of which this process is one; None if it is none."""
+    if settings.catalog_url is None or settings.read_only:
+        return None
+    return Replicas(database, replica_id(settings.data_dir))

@@ -22,6 +22,7 @@ from prefix_service.blobs.staged import StagedFile, StagingFolder
 from prefix_service.errors import CorruptBlob, NotFound, PrefixServiceError, ReadOnly
 from prefix_service.system.byte_locks import byte_locked
 from prefix_service.system.disk import PRIVATE_FOLDER, private_opener, translated
+from prefix_service.system.failures import Failures
 from prefix_service.system.host_memory import host_memory
 
 log = logging.getLogger("prefix_service")
@@ -40,7 +41,8 @@ class S3BlobStore:
     Names are digests, so a blob is written without conditions. A blob that is read is copied to `folder`, up to
     `cache_bytes`, and read from there until it is evicted; a copy that is damaged is read from the bucket again.
     Digests are locked in `folder`, so that processes and threads on it read a blob once, and none removes a blob that
-    another commits.
+    another commits. A damaged object stays in its place, so that it is damaged is remembered for a moment: many reads
+    of it download it once.
 
     A store that is `read_only` changes neither the bucket nor the folder, and keeps no copies.
     """
@@ -49,6 +51,7 @@ class S3BlobStore:
         self._bucket, self._folder, self._read_only = bucket, folder, read_only
         self._staging = StagingFolder(folder / "staging")
         self._cache: BlobCache | None = None
+        self._failures: Failures[str] = Failures()  # by digest
         if not read_only:
             with translated("make the folder of cached blobs"):
                 for made in (folder, self._staging.path):
@@ -123,6 +126,7 @@ class S3BlobStore:
                 for digest in old:
                     self._drop(digest)
                 gone.update(old)
+                self._failures.forget(gone.__contains__)
         return gone
 
     def stage(self) -> StagedFile:
@@ -140,6 +144,7 @@ class S3BlobStore:
         """Stores a finished file in the bucket, and then keeps it as the local copy."""
         with self._locked(digest):
             self._bucket.write(path_of(digest), staged)
+            self._failures.forget(digest.__eq__)
             if self._cache is not None:
                 self._cache.take(digest, staged)
 
@@ -270,9 +275,10 @@ class S3BlobStore:
 
         Raises:
             NotFound: there is no such blob.
-            CorruptBlob: the bytes do not match the digest.
+            CorruptBlob: the bytes do not match the digest, now or a moment ago.
             Unavailable, StorageFailed: the server does not answer, or refuses.
         """
+        self._failures.check(digest)
         for attempt in range(1, _READS + 1):
             body = self._bucket.read(path_of(digest))
             if body is None:
@@ -285,7 +291,9 @@ class S3BlobStore:
             if digest_of(sha256) == digest:
                 return
             if attempt == _READS:
-                raise self._damaged(digest, body.found)
+                error = self._damaged(digest, body.found)
+                self._failures.remember(digest, error)
+                raise error
             log.warning("a blob arrived damaged, and is read again", extra={"digest": digest})
 
     def _damaged(self, digest: str, found: Found) -> CorruptBlob:

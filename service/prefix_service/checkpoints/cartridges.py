@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from prefix_service.errors import InvalidCheckpoint
-from prefix_service.prefix.checkpoint import shown_names
+from prefix_service.prefix.layouts import shown_names
 
 _MEMBER: Final = re.compile(r"(trainable|frozen|fixed)_(keys|values)\.([0-9]{1,6})")
 _KNOWN: Final = "trainable_keys, trainable_values, frozen_keys, frozen_values, fixed_keys, fixed_values"

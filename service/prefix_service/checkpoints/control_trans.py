@@ -21,8 +21,8 @@ import torch.nn.functional as F  # noqa: N812 - its customary name
 from torch import Tensor
 
 from prefix_service.errors import InvalidCheckpoint, InvalidConfig
-from prefix_service.prefix.checkpoint import Shape, shown_names
 from prefix_service.prefix.json_text import shown
+from prefix_service.prefix.layouts import Shape, shown_names
 
 _MEMBER: Final = re.compile(r"((?:.+\.)?(?:decoder_)?)(control_trans(?:\.[0-9]{1,3}\.(?:weight|bias))?|wte\.weight)")
 _FLAT: Final = "control_trans"

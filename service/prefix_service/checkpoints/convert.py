@@ -14,10 +14,11 @@ from prefix_service.checkpoints.folders import write_folder
 from prefix_service.checkpoints.pickles import read_pickle
 from prefix_service.checkpoints.sources import TensorFiles, is_weights_name, readable, weight_files
 from prefix_service.errors import InvalidCheckpoint, InvalidConfig
-from prefix_service.prefix.checkpoint import Match, Shape, find_prefix, load_weights, shown_names
+from prefix_service.prefix.checkpoint import load_weights
 from prefix_service.prefix.config import PrefixConfig, PrefixTuningConfig, parse_config
 from prefix_service.prefix.file_names import CONFIG_NAME, PICKLE_SUFFIXES
 from prefix_service.prefix.json_text import parse_config_json
+from prefix_service.prefix.layouts import Match, Shape, find_prefix, shown_names
 
 
 @dataclass(frozen=True, slots=True)

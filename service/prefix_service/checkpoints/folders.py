@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefix_service.errors import Conflict, StorageFailed
 from prefix_service.prefix.config import write_config
-from prefix_service.prefix.file_names import BASE_MODEL_NAME, CONFIG_NAME, RECIPE_NAME, WEIGHTS_NAME
+from prefix_service.prefix.file_names import BASE_MODEL_NAME, CONFIG_NAME, RECIPE_KEYS, RECIPE_NAME, WEIGHTS_NAME
 from prefix_service.prefix.fingerprint import NO_FINGERPRINT, Fingerprint
 
 if TYPE_CHECKING:
@@ -45,12 +45,22 @@ def write_folder(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(dict(tensors), folder / WEIGHTS_NAME)
-        if recipe is not None:
-            (folder / RECIPE_NAME).write_text(json.dumps(dict(recipe), indent=2, sort_keys=True) + "\n")
+        write_recipe(folder, recipe or {})
         write_base_model(folder, base_model)
         (folder / CONFIG_NAME).write_bytes(write_config(dict(config)) + b"\n")
     except OSError as error:
         raise StorageFailed(f"{folder} cannot be written: {error.strerror}") from error
+
+
+def write_recipe(folder: Path, annotations: Mapping[str, str]) -> None:
+    """Writes the recipe of a compiled prefix to its folder, if it is among its annotations.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    recipe = {key: text for key, text in annotations.items() if key.startswith(RECIPE_KEYS)}
+    if recipe:
+        (folder / RECIPE_NAME).write_text(json.dumps(recipe, indent=2, sort_keys=True) + "\n")
 
 
 def write_base_model(folder: Path, base_model: Fingerprint) -> None:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from prefix_service.errors import InvalidCheckpoint, PrefixServiceError, UnsafeCheckpoint
-from prefix_service.prefix.checkpoint import shown_names
+from prefix_service.prefix.layouts import shown_names
 from prefix_service.prefix.safetensors_header import WEIGHT_DTYPES, require_name, shown_name
 from prefix_service.prefix.safetensors_tensors import NAMES
 

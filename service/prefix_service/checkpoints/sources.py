@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, TypeVar
 
 from prefix_service.errors import InvalidCheckpoint, InvalidConfig, InvalidInput, InvalidRequest, UnsafeCheckpoint
-from prefix_service.prefix.checkpoint import CHECKPOINT_LAYOUTS, Match, Shape, find_prefix
 from prefix_service.prefix.config import config_type_of
 from prefix_service.prefix.description import check_annotations
 from prefix_service.prefix.file_names import (
@@ -22,6 +21,7 @@ from prefix_service.prefix.file_names import (
 )
 from prefix_service.prefix.fingerprint import NO_FINGERPRINT, Fingerprint
 from prefix_service.prefix.json_text import MAX_CONFIG_BYTES, parse_config_json, parse_json
+from prefix_service.prefix.layouts import CHECKPOINT_LAYOUTS, Match, Shape, find_prefix
 from prefix_service.prefix.safetensors_header import (
     WEIGHT_DTYPES,
     Header,

@@ -18,6 +18,7 @@ from prefix_service.cli.commands import (
     deploy,
     doctor,
     fetching,
+    inspecting,
     key,
     migrate,
     publishing,
@@ -69,6 +70,7 @@ converting.register(app)
 compiling.register(app)
 fetching.register(app)
 adapters.register(app)
+inspecting.register(app)
 alias.register(app)
 tenant.register(app)
 key.register(app)

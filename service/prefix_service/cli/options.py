@@ -54,10 +54,18 @@ Ref = Annotated[
         autocompletion=complete_adapter,
     ),
 ]
+BaseModelName = Annotated[
+    str | None,
+    typer.Option("--model", metavar="MODEL", help="The adapter's base model: a folder, or a name on Hugging Face."),
+]
+Device = Annotated[str, typer.Option("--device", metavar="DEVICE", help="Where the model computes: cpu, cuda, cuda:1.")]
 AdapterName = Annotated[
     str, typer.Argument(metavar="TENANT/ADAPTER", help="The adapter.", autocompletion=complete_adapter)
 ]
 
+
+_LEADING: Final = ("url", "api_key", "uds", "ca_file")
+"""The parameters that lead to a service."""
 
 _way: ContextVar[Mapping[str, Any]] = ContextVar("way", default=MappingProxyType({}))
 
@@ -76,7 +84,7 @@ def with_way(command: Callable[..., Any]) -> Callable[..., Any]:
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option)
         for name, option in options.items()
     ]
-    call.__signature__ = signature.replace(parameters=_with_json_last([*signature.parameters.values(), *more]))  # type: ignore[attr-defined]
+    call.__signature__ = signature.replace(parameters=_as_shown([*signature.parameters.values(), *more]))  # type: ignore[attr-defined]
     return call
 
 
@@ -103,14 +111,14 @@ def unfolded(command: Callable[..., Any]) -> Callable[..., Any]:
         for annotations, kind in ((get_type_hints(kind, include_extras=True), kind) for kind in shared.values())
         for field in fields(kind)
     ]
-    call.__signature__ = signature.replace(parameters=_with_json_last([*own, *more]))  # type: ignore[attr-defined]
+    call.__signature__ = signature.replace(parameters=_as_shown([*own, *more]))  # type: ignore[attr-defined]
     return call
 
 
-def _with_json_last(parameters: list[inspect.Parameter]) -> list[inspect.Parameter]:
-    """Returns parameters as a help shows them: what a command does first, then how it leads to a service."""
+def _as_shown(parameters: list[inspect.Parameter]) -> list[inspect.Parameter]:
+    """Returns parameters as a help shows them: what a command does, then what leads to a service, then --json."""
     keyword = [it.replace(kind=inspect.Parameter.KEYWORD_ONLY) for it in parameters]
-    return sorted(keyword, key=lambda it: it.name == "as_json")
+    return sorted(keyword, key=lambda it: (it.name == "as_json", it.name in _LEADING))
 
 
 def chosen_socket() -> Path | None:

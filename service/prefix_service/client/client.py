@@ -14,7 +14,7 @@ from prefix_service.client import options
 from prefix_service.client.base_model_check import BaseModelCheck
 from prefix_service.client.cache.cache import LocalCache
 from prefix_service.client.cache.disk_cache import DiskCache
-from prefix_service.client.flows import calls, management
+from prefix_service.client.flows import calls, management, publishing
 from prefix_service.client.flows.as_methods import awaited, blocking, named, plain
 from prefix_service.client.flows.flows import Reading
 from prefix_service.client.flows.watched import Watched
@@ -103,16 +103,16 @@ class _Client:
         named = {connection.address.rstrip("/"): connection for connection in map(connect, base_url)}
         self._connection, self._address = next(iter(named.values())), ", ".join(named)
         self._pools = _pools(named)
-        self._pin_memory = options.flag("pin_memory", pin_memory)
-        self._cache_bytes = options.whole("cache_bytes", cache_bytes, 0)
+        pin_memory = options.flag("pin_memory", pin_memory)
+        cache_bytes = options.whole("cache_bytes", cache_bytes, 0)
         if verify_digest is not None:
             options.flag("verify_digest", verify_digest)
-        allocate = partial(_allocate, cache_bytes=self._cache_bytes, pinned=self._pin_memory)
+        allocate = partial(_allocate, cache_bytes=cache_bytes, pinned=pin_memory)
         self._reading = Reading(
-            LocalCache(self._cache_bytes),
+            LocalCache(cache_bytes),
             self._disk_cache(cache_dir, options.whole("cache_dir_bytes", cache_dir_bytes, 0)),
             allocate,
-            pinned=self._pin_memory,
+            pinned=pin_memory,
             verify_digest=uds is None if verify_digest is None else verify_digest,
             is_service_known=api_key is not None,
             service=service,
@@ -210,9 +210,9 @@ class PrefixClient(_Client):
     resolve = blocking(calls.resolve)
     base_model = blocking(calls.base_model)
     put_base_model = blocking(calls.put_base_model)
-    publish = blocking(calls.publish)
-    publish_files = blocking(calls.publish_files)
-    compose = blocking(calls.compose)
+    publish = blocking(plain(publishing.publish))
+    publish_files = blocking(plain(publishing.publish_files))
+    compose = blocking(plain(publishing.compose))
     inspect = blocking(calls.inspect)
     float8_error = blocking(calls.float8_error)
     list = blocking(calls.list_adapters)
@@ -279,9 +279,9 @@ class AsyncPrefixClient(_Client):
     resolve = awaited(calls.resolve)
     base_model = awaited(calls.base_model)
     put_base_model = awaited(calls.put_base_model)
-    publish = awaited(calls.publish)
-    publish_files = awaited(calls.publish_files)
-    compose = awaited(calls.compose)
+    publish = awaited(plain(publishing.publish))
+    publish_files = awaited(plain(publishing.publish_files))
+    compose = awaited(plain(publishing.compose))
     inspect = awaited(calls.inspect)
     float8_error = awaited(calls.float8_error)
     list = awaited(calls.list_adapters)

@@ -107,32 +107,15 @@ class Publisher:
             OutOfSpace, StorageFailed: the disk or the catalog refused, or the work takes too much memory.
             Overloaded: other work held the memory for too long.
         """
-        target, weights, admission = upload.target, upload.weights, self._admission
-        header = await to_thread.run_sync(header_nbytes, weights.read, weights.size)
-        async with admission.work(target.tenant, _PARSED * header) as work:
-            file = await work.run(partial(locate_prefix, weights.read, weights.size, config))
-        key_values_bytes = _elements(config) * file.encoded_dtype.itemsize
-        self._require_moderate(key_values_bytes)
-        if file.is_projected:
-            self._require_moderate(hidden_nbytes(config))
-        manifest = await admission.run(target.tenant, partial(_manifest, config, weights.digest))
-        draft = NewVersion(
-            digest=f"sha256:{hashlib.sha256(manifest).hexdigest()}",
-            manifest=manifest.decode(),
-            base_model=config.base_model_name_or_path,
-            weights=weights.digest,
-            weights_bytes=weights.size,
-            weights_dtype=next(name for name, dtype in KV_DTYPES.items() if dtype == file.dtype),
-            key_values="",
-            key_values_bytes=key_values_bytes,
-        )
+        target = upload.target
+        file, draft = await self._drafted(upload, config)
         nbytes = draft.nbytes + description.nbytes
-        if (existing := await in_thread(partial(self._find, target, draft.digest, nbytes, weights))) is not None:
+        if (existing := await in_thread(partial(self._find, target, draft.digest, nbytes, upload.weights))) is not None:
             self._mended(existing)
             return existing, False
         upload.arrival.hold(nbytes)
         try:
-            async with admission.work(target.tenant, encoding_nbytes(config, file)) as work:
+            async with self._admission.work(target.tenant, encoding_nbytes(config, file)) as work:
                 new = await work.compute(self._storing(draft, config, file, upload))
             upload.arrival.end()  # ended before the transaction, which counts the bytes too
             add = partial(
@@ -152,6 +135,33 @@ class Publisher:
         if not is_new:
             self._mended(version)
         return version, is_new
+
+    async def _drafted(self, upload: Upload, config: PrefixConfig) -> tuple[LocatedPrefix, NewVersion]:
+        """Returns the position of the prefix in an upload, and its version, whose keys and values are yet to be stored.
+
+        Raises:
+            InvalidConfig, InvalidCheckpoint, UnsafeCheckpoint: the config or the weights are not acceptable.
+            Overloaded: other work held the memory for too long.
+        """
+        tenant, weights, admission = upload.target.tenant, upload.weights, self._admission
+        header = await to_thread.run_sync(header_nbytes, weights.read, weights.size)
+        async with admission.work(tenant, _PARSED * header) as work:
+            file = await work.run(partial(locate_prefix, weights.read, weights.size, config))
+        key_values_bytes = _elements(config) * file.encoded_dtype.itemsize
+        self._require_moderate(key_values_bytes)
+        if file.is_projected:
+            self._require_moderate(hidden_nbytes(config))
+        manifest = await admission.run(tenant, partial(_manifest, config, weights.digest))
+        return file, NewVersion(
+            digest=f"sha256:{hashlib.sha256(manifest).hexdigest()}",
+            manifest=manifest.decode(),
+            base_model=config.base_model_name_or_path,
+            weights=weights.digest,
+            weights_bytes=weights.size,
+            weights_dtype=next(name for name, dtype in KV_DTYPES.items() if dtype == file.dtype),
+            key_values="",
+            key_values_bytes=key_values_bytes,
+        )
 
     async def _abandon(self, target: Target, draft: NewVersion) -> None:
         """Has the bytes of a refused or cancelled version counted until they are collected: otherwise a client that

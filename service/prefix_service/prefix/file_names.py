@@ -8,6 +8,8 @@ CARD_NAME: Final = "README.md"
 WEIGHTS_NAME: Final = "adapter_model.safetensors"
 RECIPE_NAME: Final = "prefix_recipe.json"
 """A JSON object of texts, which `publish` sends as annotations of the version."""
+RECIPE_KEYS: Final = "compiled/"
+"""How the keys of a recipe begin; other annotations are the publisher's own."""
 BASE_MODEL_NAME: Final = "prefix_base_model.json"
 """The fingerprint of a compiled prefix's base model, which `publish` stores with the version."""
 

@@ -9,11 +9,11 @@ from typing import Final, Generic, Protocol, TypeVar
 from prefix_service.errors import Overloaded, Unavailable
 from prefix_service.registry.accounts import Entry, K
 from prefix_service.registry.eviction import Residency
-from prefix_service.registry.failures import Failures
 from prefix_service.registry.keys import VersionKey
 from prefix_service.registry.report import TierName, TierReport
 from prefix_service.registry.snapshot import TierSnapshot
 from prefix_service.registry.waiting_room import WaitingRoom
+from prefix_service.system.failures import Failures
 from prefix_service.system.spans import span
 
 

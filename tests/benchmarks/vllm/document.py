@@ -7,7 +7,6 @@ prefix that `compile_prefix` makes of it. Both ways answer the same questions in
 """
 
 import argparse
-import os
 import statistics
 import tempfile
 from contextlib import ExitStack
@@ -21,9 +20,9 @@ from prefix_service.client import PrefixClient
 from prefix_service.client.transformers import compile_prefix
 from tests.benchmarks.compiling import NEW_TOKENS, QUESTIONS, document
 from tests.benchmarks.tables import Grid
-from tests.benchmarks.vllm.first_token import request_seconds
+from tests.benchmarks.vllm.first_token import engine_behind, request_seconds
 from tests.conftest import running_server
-from tests.vllm.driver import PYTHON, Engine, engine, transfer_config
+from tests.vllm.driver import PYTHON, Engine
 from tests.vllm.smollm2 import save_model
 
 _ADAPTER: Final = "bench/document"
@@ -48,16 +47,7 @@ def main() -> None:
         with PrefixClient(server.url, server.admin_key) as client:
             client.publish(_ADAPTER, folder / "document")
         tokens = len(compiled.flat)
-        started = stack.enter_context(
-            engine(
-                folder / "engine",
-                folder / "model",
-                transfer_config(server.url),
-                server.admin_key,
-                threads=len(os.sched_getaffinity(0)),
-                max_model_len=tokens + 256,
-            )
-        )
+        started = stack.enter_context(engine_behind(server, folder, tokens))
         wholes = [_whole(language.tokenizer, text, question) for question in QUESTIONS]
         as_text: _Jobs = [{"prompt": whole} for whole in wholes]
         as_prefix: _Jobs = [{"prompt": whole[tokens:], "adapter": _ADAPTER} for whole in wholes]

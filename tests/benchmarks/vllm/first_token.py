@@ -6,7 +6,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -42,7 +42,6 @@ def measure(*, quick: bool) -> Outcome:
     if gguf is None or not PYTHON.exists():
         raise SystemExit(f"this needs the model ({HOW_TO_GET_IT}) and vLLM (bash tests/vllm/install)")
     lengths, rounds = (_LENGTHS[:2], 2) if quick else (_LENGTHS, 5)
-    threads = len(os.sched_getaffinity(0))
     found: dict[int, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory(prefix="prefix-vllm-") as name, ExitStack() as stack:
         folder = Path(name)
@@ -50,21 +49,25 @@ def measure(*, quick: bool) -> Outcome:
         server = stack.enter_context(running_server(folder / "data", environment=QUIET))
         for length in lengths:
             publish(server, f"bench/n{length}", write_adapter(folder / f"n{length}", model.model.config, length))
-        started = stack.enter_context(
-            engine(
-                folder / "engine",
-                folder / "model",
-                transfer_config(server.url),
-                server.admin_key,
-                threads=threads,
-                max_model_len=max(lengths) + 256,
-            )
-        )
+        started = stack.enter_context(engine_behind(server, folder, max(lengths)))
         for length in lengths:
             say(f"{length} tokens, {rounds} rounds")
             tuned = PeftModel.from_pretrained(model.model, str(folder / f"n{length}")).train(mode=False)
             found[length] = in_turns(_cases(started, server, tuned, length), rounds)
     return _outcome(found)
+
+
+def engine_behind(server: Server, folder: Path, tokens: int) -> AbstractContextManager[Engine]:
+    """Returns an engine on all processors for the model in `folder / "model"`, with room for so many tokens and a
+    question; it takes adapters from the server."""
+    return engine(
+        folder / "engine",
+        folder / "model",
+        transfer_config(server.url),
+        server.admin_key,
+        threads=len(os.sched_getaffinity(0)),
+        max_model_len=tokens + 256,
+    )
 
 
 def write_adapter(folder: Path, config: Any, tokens: int, dtype: torch.dtype = torch.float32) -> Path:

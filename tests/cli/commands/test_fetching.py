@@ -108,6 +108,18 @@ def test_a_pulled_folder_has_the_fingerprint_of_its_base_model(server: Server, t
         pull("clipull/based@1", str(tmp_path), server.url, server.admin_key)
 
 
+def test_a_pulled_folder_has_the_recipe_of_a_compiled_prefix(server: Server, tmp_path: Path) -> None:
+    """`pull` writes the recipe as `compile` does, so that a version published of the pulled folder has it too; other
+    annotations are not part of it."""
+    recipe = {"compiled/base": "llama", "compiled/from": "text"}
+    with PrefixClient(server.url, server.admin_key) as client:
+        client.publish("clipull/compiled", LLAMA, annotations={"run": "17", **recipe})
+        pull("clipull/compiled@1", str(tmp_path), server.url, server.admin_key)
+        assert sorted(path.name for path in tmp_path.iterdir()) == [*FILES, "prefix_recipe.json"]
+        client.publish("clipull/compiled-again", tmp_path)
+        assert client.annotations("clipull/compiled-again@1") == recipe
+
+
 def _reformatted(source: Path, folder: Path) -> Path:
     """Returns a copy of the folder with its config in another form."""
     shutil.copytree(source, folder)

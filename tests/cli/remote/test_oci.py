@@ -32,6 +32,7 @@ from tests.conftest import CORPUS, Server, free_port
 from tests.docker_registry import PASSWORD, USER, DockerRegistry
 
 ADAPTER: Final = CORPUS / "cases" / "llama-n20-emb" / "adapter"
+RECIPE: Final = {"compiled/from": "text"}
 BASE_MODEL: Final = Fingerprint("llama", weights_index="sampled-bfloat16:1")
 FILES: Final = ("adapter_config.json", "adapter_model.safetensors")
 _MOST: Final = 1 << 20
@@ -63,12 +64,12 @@ def fetched(address: str, most: int = _MOST) -> tuple[dict[str, bytes], dict[str
 
 @pytest.mark.usefixtures("home")
 def test_a_version_goes_through_a_registry_and_comes_back(registry: DockerRegistry, server: Server) -> None:
-    """The artifact has the version's files, annotations and its base model's fingerprint; published again it is the
-    same version.
+    """The artifact has the version's files, annotations, recipe and its base model's fingerprint; published again it is
+    the same version.
     """
     environment = {"PREFIX_URL": server.url, "PREFIX_API_KEY": server.admin_key}
     with PrefixClient(server.url, server.admin_key) as client:
-        client.publish("oci/first", ADAPTER, annotations={"run": "17"}, base_model=BASE_MODEL)
+        client.publish("oci/first", ADAPTER, annotations={"run": "17", **RECIPE}, base_model=BASE_MODEL)
     address = f"oci://{registry.place}/team/first:v1"
     pulled = run_command("pull", "oci/first@1", address, "--json", environment=environment)
     assert pulled.returncode == 0, pulled.stderr
@@ -84,7 +85,7 @@ def test_a_version_goes_through_a_registry_and_comes_back(registry: DockerRegist
         done = run_command("publish", source, name, environment=environment)
         assert done.returncode == 0, done.stderr
         with PrefixClient(server.url, server.admin_key) as client:
-            assert client.annotations(f"{name}@1") == annotations
+            assert client.annotations(f"{name}@1") == annotations | RECIPE
             assert client.inspect(f"{name}@1")["digest"] == client.inspect("oci/first@1")["digest"]
             assert client.base_model(f"{name}@1") == BASE_MODEL
 

@@ -18,6 +18,7 @@ from prefix_service.errors import InvalidRequest
 from prefix_service.prefix.kv import PrefixKV
 from tests.architectures import LEFT, NAMED, base, padded
 from tests.client.conftest import Pairs, Peft
+from tests.missing import needs_cuda
 
 pytestmark = [
     # This is transformers' warning, for a property that PEFT reads.
@@ -126,11 +127,10 @@ def test_layers_that_cannot_be_found_are_an_error(pairs: Pairs) -> None:
         to_cache(pairs("llama"), model)
 
 
+@needs_cuda
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_a_model_on_a_card_and_in_memory_is_filled_as_by_peft(name: str, pairs: Pairs, peft_model: Peft) -> None:
     """Layer 1, which is offloaded to memory and computes on the card, gets its prefix as from PEFT."""
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     theirs = NAMED[name].build()
     layers = "model.layers" if name == "llama" else "transformer.h"
     rest = {path: 0 for path, part in theirs.named_modules() if not path.startswith(f"{layers}.") and _direct(part)}

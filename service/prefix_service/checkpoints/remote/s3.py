@@ -60,8 +60,11 @@ def download(address: Address, folder: Path, most: int) -> tuple[Path, dict[str,
 
 
 def _listing(store: S3Store, address: Address) -> dict[str, "ObjectMeta"]:
-    """Returns the objects below the address by key; if the address is an object's, that object and those beside it that
-    an adapter may have.
+    """Returns the objects of an address by key. If the address names one object, they are that object and the other
+    files of an adapter in its folder; else they are all objects whose keys begin with the address's path and `/`.
+
+    Raises:
+        InvalidRequest: there are more than `MOST_FILES`.
     """
     if (found := _head(store, address.path)) is not None:
         folder = address.path.rpartition("/")[0]

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from prefix_service.cli.commands.break_even import show_break_even, travelling
+from prefix_service.cli.commands.break_even import BreakEvenOptions, show_break_even, travelling
 from prefix_service.cli.console import print_json, print_table, working
-from prefix_service.cli.options import DEFAULT_URL, ApiKey, Json, Ref, Url, address, connect
+from prefix_service.cli.options import DEFAULT_URL, ApiKey, Json, Ref, Url, address, connect, unfolded
 from prefix_service.prefix.references import parse_qualified
 from prefix_service.prefix.variant import KVDtype
 from prefix_service.system.sizes import human_bytes
@@ -37,8 +37,10 @@ class Measured:
     bytes_per_second: float
 
 
+@unfolded
 def bench(
     reference: Ref,
+    even: BreakEvenOptions,
     seconds: Annotated[
         float, typer.Option(min=0.1, max=600, metavar="SECONDS", help="How long each row is measured.")
     ] = 2.0,
@@ -48,23 +50,6 @@ def bench(
     dtype: Annotated[
         str | None, typer.Option(metavar="DTYPE", help="float32, float16, bfloat16 or float8_e4m3fn.")
     ] = None,
-    break_even: Annotated[
-        bool,
-        typer.Option(
-            "--break-even",
-            help="Instead: from which length on is fetching a prefix faster than reading its tokens? Needs --model.",
-        ),
-    ] = False,
-    model: Annotated[
-        str | None,
-        typer.Option("--model", metavar="MODEL", help="The adapter's base model: a folder, or a name on Hugging Face."),
-    ] = None,
-    device: Annotated[
-        str, typer.Option("--device", metavar="DEVICE", help="Where the model computes: cpu, cuda, cuda:1.")
-    ] = "cpu",
-    most: Annotated[
-        int, typer.Option("--most", min=16, max=1 << 20, metavar="TOKENS", help="The longest length with --break-even.")
-    ] = 2048,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
     as_json: Json = False,
@@ -75,28 +60,19 @@ def bench(
     asks whether the cached prefix is current, as a worker does before each batch; a version or a digest is never asked
     for again, so it has no such row.
     """
-    if break_even != (model is not None):
+    if even.break_even != (even.model is not None):
         raise typer.BadParameter("--break-even needs --model MODEL, and --model is for --break-even")
-    if model is not None:
-        show_break_even(reference, dtype, model, device, most, url, api_key, as_json=as_json)
+    if even.model is not None:
+        show_break_even(reference, dtype, even.model, even.device, even.most, url, api_key, as_json=as_json)
         return
     kind = cast("KVDtype | None", dtype)  # the client checks it
-    rows: list[Measured] = []
     with connect(url, api_key, shows_progress=True, cache_bytes=0) as client, working(f"fetching {reference}"):
-        first, prefix = _first(client, reference, dtype)
-        nbytes = travelling(prefix)
-        one = f"{reference.partition('@')[0]}@{prefix.digest}"  # an alias may move meanwhile
-
-        def fetch() -> None:
-            client.get(one, dtype=kind)
-
-        rows += [Measured("first fetch", 1, first, first, 1 / first, nbytes / first)]
-        rows += [_measured("fetch", fetch, seconds, 1, nbytes)]
-        rows += [_measured(f"fetch, {concurrency} at a time", fetch, seconds, concurrency, nbytes)]
+        prefix, rows = _fetches(client, reference, kind, seconds, concurrency)
     if not parse_qualified(reference)[1].immutable:
         with connect(url, api_key, shows_progress=True) as client, working(f"asking for {reference} again"):
             client.get(reference, dtype=kind)
             rows += [_measured("unchanged (304)", lambda: client.get(reference, dtype=kind), seconds, 1, 0)]
+    nbytes = travelling(prefix)
     if as_json:
         found = {"version": prefix.version, "bytes": nbytes, "url": address(url), "rows": [asdict(row) for row in rows]}
         print_json(found)
@@ -106,13 +82,27 @@ def bench(
     print_table(title, columns, [_shown(row) for row in rows])
 
 
-def _first(client: "PrefixClient", reference: str, dtype: Any) -> "tuple[float, Prefix]":
-    """Returns the seconds of a first fetch, which makes a connection and may load the version, and what it brought."""
+def _fetches(
+    client: "PrefixClient", reference: str, dtype: "KVDtype | None", seconds: float, concurrency: int
+) -> "tuple[Prefix, list[Measured]]":
+    """Returns the prefix, and the rows of its fetches: of the first, which makes a connection and may load the version,
+    and of those that follow, one and many at a time."""
     import torch  # noqa: F401 - not part of what is measured
 
     began = time.perf_counter()
     prefix = client.get(reference, dtype=dtype)
-    return time.perf_counter() - began, prefix
+    first = time.perf_counter() - began
+    nbytes = travelling(prefix)
+    one = f"{reference.partition('@')[0]}@{prefix.digest}"  # an alias may move meanwhile
+
+    def fetch() -> None:
+        client.get(one, dtype=dtype)
+
+    return prefix, [
+        Measured("first fetch", 1, first, first, 1 / first, nbytes / first),
+        _measured("fetch", fetch, seconds, 1, nbytes),
+        _measured(f"fetch, {concurrency} at a time", fetch, seconds, concurrency, nbytes),
+    ]
 
 
 def _measured(what: str, call: Callable[[], Any], seconds: float, concurrency: int, nbytes: int) -> Measured:

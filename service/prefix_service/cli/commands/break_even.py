@@ -5,11 +5,13 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
 
 from prefix_service.cli.console import print_json, print_table, say, working
 from prefix_service.cli.models import load_model, loaded, quiet_transformers
-from prefix_service.cli.options import address, connect
+from prefix_service.cli.options import BaseModelName, Device, address, connect
 from prefix_service.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -21,6 +23,24 @@ _REPEATS: Final = 5
 _LONG: Final = 0.5  # seconds of repeats after which no other one begins
 _BAR: Final = 46  # columns
 _ITEM_BYTES: Final = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class BreakEvenOptions:
+    """The options of `bench --break-even`."""
+
+    break_even: Annotated[
+        bool,
+        typer.Option(
+            "--break-even",
+            help="Instead: from which length on is fetching a prefix faster than reading its tokens? Needs --model.",
+        ),
+    ] = False
+    model: BaseModelName = None
+    device: Device = "cpu"
+    most: Annotated[
+        int, typer.Option("--most", min=16, max=1 << 20, metavar="TOKENS", help="The longest length with --break-even.")
+    ] = 2048
 
 
 @dataclass(frozen=True, slots=True)

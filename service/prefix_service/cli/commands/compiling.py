@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from prefix_service.cli.console import errors_console, print_json, say, working
 from prefix_service.cli.models import Dtype, auto_class, load_model, loaded, quiet_transformers
-from prefix_service.cli.options import DEFAULT_URL, ApiKey, Json, Url, connect
+from prefix_service.cli.options import DEFAULT_URL, ApiKey, Device, Json, Url, connect
 from prefix_service.errors import InvalidRequest, NotFound, QuotaExceeded, TooLarge
 from prefix_service.system.sizes import human_bytes
 
@@ -94,9 +94,7 @@ def compile_(
     dtype: Annotated[
         Dtype | None, typer.Option("--dtype", help="What the model computes in; default: that of its weights.")
     ] = None,
-    device: Annotated[
-        str, typer.Option("--device", metavar="DEVICE", help="Where the model computes: cpu, cuda, cuda:1.")
-    ] = "cpu",
+    device: Device = "cpu",
     tenant: Annotated[
         str | None,
         typer.Option(

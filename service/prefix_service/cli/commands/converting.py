@@ -31,7 +31,7 @@ def convert(
     """
     from prefix_service.checkpoints.convert import convert as run
     from prefix_service.checkpoints.convert import write
-    from prefix_service.prefix.checkpoint import shown_names
+    from prefix_service.prefix.layouts import shown_names
 
     conversion = run(source, config=config, base_config=base_config, unsafe=unsafe)
     write(conversion, output)

@@ -18,7 +18,7 @@ from prefix_service.cli.console import errors_console, print_json, print_table, 
 from prefix_service.cli.files import check_output, written
 from prefix_service.cli.options import DEFAULT_URL, ApiKey, Json, Ref, Url, connect
 from prefix_service.errors import Conflict, InvalidRequest, InvalidResponse, StorageFailed
-from prefix_service.prefix.file_names import BASE_MODEL_NAME, CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
+from prefix_service.prefix.file_names import BASE_MODEL_NAME, CARD_NAME, CONFIG_NAME, RECIPE_NAME, WEIGHTS_NAME
 from prefix_service.prefix.variant import DtypePair, KVDtype
 from prefix_service.system.disk import translated
 from prefix_service.system.sizes import human_bytes
@@ -32,10 +32,11 @@ _PIECE: Final = 32 << 20  # bytes of weights that are in memory together
 _MEDIA_TYPES: Final = {
     CONFIG_NAME: "application/json",
     BASE_MODEL_NAME: "application/json",
+    RECIPE_NAME: "application/json",
     CARD_NAME: "text/markdown",
     WEIGHTS_NAME: "application/vnd.safetensors",
 }
-"""The media types of an artifact's layers."""
+"""The files of a version, and their media types as layers of an artifact."""
 
 _OS_ERROR: Final = re.compile(r"\(os error ([0-9]+)\)")
 """The text in which safetensors reports the operating system's error."""
@@ -133,9 +134,9 @@ def pull(
     """Write the PEFT folder of a version again.
 
     Config and weights come byte for byte as they were uploaded, the model card as README.md, the fingerprint of the
-    base model as prefix_base_model.json, which `publish` reads; annotations are printed. A version that was made of
-    others, or published to an older service, has its config as PEFT writes it. An artifact in an OCI registry has the
-    same files as layers, and the annotations in its manifest.
+    base model as prefix_base_model.json, the recipe of a compiled prefix as prefix_recipe.json; `publish` reads them
+    all. Annotations are printed. A version that was made of others, or published to an older service, has its config as
+    PEFT writes it. An artifact in an OCI registry has the same files as layers, and the annotations in its manifest.
     """
     if is_address(target):
         address = parse_address(target)
@@ -148,14 +149,14 @@ def pull(
         _tell_pulled(pulled, as_json=as_json)
         return
     folder = Path(target)
-    for name in (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME, BASE_MODEL_NAME):
+    for name in _MEDIA_TYPES:
         if (folder / name).exists():
             raise Conflict(f"{folder / name} exists: choose an empty folder")
     with connect(url, api_key) as client:
         version = client.inspect(reference)
         annotations = client.annotations(_by_digest(version))
         try:
-            _write(client, version, folder)
+            _write(client, version, annotations, folder)
         except OSError as error:
             raise StorageFailed(f"{folder} cannot be written: {error.strerror}") from error
     _tell_pulled({**version, "annotations": annotations, "folder": str(folder)}, as_json=as_json)
@@ -169,7 +170,7 @@ def _to_registry(client: "PrefixClient", reference: str, address: Address) -> di
     annotations = client.annotations(_by_digest(version))
     with tempfile.TemporaryDirectory(prefix="prefix-service-") as scratch, translated("write the artifact's files"):
         folder = Path(scratch)
-        _write(client, version, folder)
+        _write(client, version, annotations, folder)
         files = {name: (folder / name, kind) for name, kind in _MEDIA_TYPES.items() if (folder / name).exists()}
         with working(f"storing {address}"):
             digest = store(address, files, annotations)
@@ -193,9 +194,9 @@ def _by_digest(version: Mapping[str, Any]) -> str:
     return f"{version['tenant']}/{version['adapter']}@{version['digest']}"
 
 
-def _write(client: "PrefixClient", version: Mapping[str, Any], folder: Path) -> None:
-    """Write the config, the model card and the base model's fingerprint if there are any, and the weights of a version;
-    after a failure there are no weights.
+def _write(client: "PrefixClient", version: Mapping[str, Any], annotations: Mapping[str, str], folder: Path) -> None:
+    """Writes the config and the weights of a version, with its model card, its recipe and its base model's fingerprint
+    if it has them; after a failure there are no weights.
 
     Raises:
         InvalidResponse: what came is not the weights file of this version.
@@ -208,8 +209,9 @@ def _write(client: "PrefixClient", version: Mapping[str, Any], folder: Path) -> 
         (folder / CONFIG_NAME).write_bytes(client.config_file(_by_digest(version)))
         if card := client.card(_by_digest(version)):
             (folder / CARD_NAME).write_bytes(card.encode())
-        from prefix_service.checkpoints.folders import write_base_model
+        from prefix_service.checkpoints.folders import write_base_model, write_recipe
 
+        write_recipe(folder, annotations)
         write_base_model(folder, client.base_model(_by_digest(version)))
         partial.rename(folder / WEIGHTS_NAME)
     finally:

@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
 
 from prefix_service.cli.console import print_json, print_table, say, working
 from prefix_service.cli.models import Dtype, auto_class, load_model, loaded, quiet_transformers
-from prefix_service.cli.options import connect
+from prefix_service.cli.options import BaseModelName, Device, connect
 from prefix_service.errors import InvalidRequest
 from prefix_service.prefix.references import parse_qualified
 from prefix_service.system.sizes import human_bytes
@@ -20,6 +22,42 @@ if TYPE_CHECKING:
 _BAR: Final = 32  # columns
 _LEAST: Final = 1e-9  # nats of the shortest bar: what lies below is the rounding of float32
 _SHORT: Final = {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16", "float8_e4m3fn": "float8"}
+
+
+@dataclass(frozen=True, slots=True)
+class PrecisionOptions:
+    """The options of `inspect --precision`."""
+
+    precision: Annotated[
+        bool,
+        typer.Option(
+            "--precision",
+            help="Instead: what does each pair of dtypes cost a model's predictions? Needs --model and --text.",
+        ),
+    ] = False
+    model: BaseModelName = None
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            "--text", metavar="FILE", help="What the model reads behind the prefix, UTF-8.", exists=True, dir_okay=False
+        ),
+    ] = None
+    most: Annotated[
+        int, typer.Option("--most", min=1, metavar="TOKENS", help="How much of the text is read with --precision.")
+    ] = 512
+    device: Device = "cpu"
+
+    def model_and_text(self) -> tuple[str, Path] | None:
+        """Returns the model and the text; None without `--precision`.
+
+        Raises:
+            typer.BadParameter: one of the three options was given without the others.
+        """
+        if not self.precision and self.model is None and self.text is None:
+            return None
+        if not self.precision or self.model is None or self.text is None:
+            raise typer.BadParameter("--precision needs --model MODEL and --text FILE, and these are for --precision")
+        return self.model, self.text
 
 
 def show_precision(

@@ -1,6 +1,7 @@
 """One adapter on its way to the service: the call that sends it, and what is said of its version."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from prefix_service.cli.console import say
@@ -10,25 +11,29 @@ if TYPE_CHECKING:
     from prefix_service.client import Fingerprint, PrefixClient
 
 
+@dataclass(frozen=True, slots=True)
+class Extras:
+    """What the command line adds to an adapter's files: the base model's config.json, its fingerprint, and annotations.
+    The last two replace those of the adapter's own folder.
+    """
+
+    base_config: bytes | None
+    base_model: "Fingerprint | None"
+    annotations: Mapping[str, str]
+
+
 def send(
-    client: "PrefixClient",
-    adapter: str,
-    upload: "Upload",
-    weights: BinaryIO,
-    base: bytes | None,
-    fingerprint: "Fingerprint | None",
-    annotations: Mapping[str, str],
+    client: "PrefixClient", adapter: str, upload: "Upload", weights: BinaryIO, extras: Extras
 ) -> tuple[Mapping[str, Any], bool]:
-    """Publishes an upload, whose weights are read from `weights`; its own recipe yields to `annotations`, and its own
-    fingerprint to `fingerprint`. Returns the version, and whether it is new."""
+    """Publishes an upload, whose weights are read from `weights`. Returns the version, and whether it is new."""
     return client.publish_files(
         adapter,
         upload.config,
         weights,
-        base,
+        extras.base_config,
         card=upload.card,
-        annotations={**upload.recipe, **annotations},
-        base_model=fingerprint or upload.base_model,
+        annotations={**upload.recipe, **extras.annotations},
+        base_model=extras.base_model or upload.base_model,
     )
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -9,7 +10,7 @@ import typer
 from rich.progress import wrap_file
 
 from prefix_service.checkpoints.remote.address import Address, is_address, parse_address
-from prefix_service.cli.commands.publication import published, send, tell_new_tenant
+from prefix_service.cli.commands.publication import Extras, published, send, tell_new_tenant
 from prefix_service.cli.commands.publishing_folders import named_after_folders, publish_folders, tell_outcomes
 from prefix_service.cli.completion import complete_adapter
 from prefix_service.cli.console import errors_console, note, print_json, say, working
@@ -76,15 +77,17 @@ def publish(
     the recipe of a compiled prefix its annotations. An adapter that is kept elsewhere is downloaded to this machine,
     and converted as `convert` does if it is a pickle or of a foreign layout.
     """
-    annotations = parse_annotations(annotate or [], note_text)
-    base = None if base_config is None else base_config.read_bytes()
-    fingerprint = None if base_model is None else _fingerprint(base_model)
+    extras = Extras(
+        None if base_config is None else base_config.read_bytes(),
+        None if base_model is None else _fingerprint(base_model),
+        parse_annotations(annotate or [], note_text),
+    )
     if tenant is not None:
         if config is not None:
             raise typer.BadParameter("--config is that of one adapter: with --tenant each folder has its own")
         adapters = named_after_folders(words, tenant)
         with connect(url, api_key, shows_progress=True) as client:
-            outcomes = publish_folders(client, adapters, base, fingerprint, annotations)
+            outcomes = publish_folders(client, adapters, extras)
         tell_outcomes(outcomes, as_json=as_json)
         return
     if len(words) != 2:
@@ -93,14 +96,14 @@ def publish(
     if is_address(words[0]):
         address = parse_address(words[0])
         with connect(url, api_key) as client:
-            version, is_new = _publish_address(client, address, adapter, config, base_config, fingerprint, annotations)
+            version, is_new = _publish_address(client, address, adapter, config, base_config, extras)
         _tell_published(version, is_new=is_new, as_json=as_json)
         return
     source = Path(words[0])
     if not source.exists():
         raise typer.BadParameter(f"there is no {source}")
     with connect(url, api_key) as client:
-        version, is_new = _publish_source(client, source, adapter, config, base, fingerprint, annotations)
+        version, is_new = _publish_source(client, source, adapter, config, extras)
     _tell_published(version, is_new=is_new, as_json=as_json)
 
 
@@ -128,13 +131,7 @@ def parse_annotations(pairs: list[str], note_text: str | None = None) -> dict[st
 
 
 def _publish_source(
-    client: "PrefixClient",
-    source: Path,
-    adapter: str,
-    config: Path | None,
-    base: bytes | None,
-    fingerprint: "Fingerprint | None",
-    annotations: Mapping[str, str],
+    client: "PrefixClient", source: Path, adapter: str, config: Path | None, extras: Extras
 ) -> tuple[Mapping[str, Any], bool]:
     """Publish one adapter with a bar for its bytes. Returns the version, and whether it is new."""
     from prefix_service.checkpoints.sources import prepare_upload
@@ -154,7 +151,7 @@ def _publish_source(
         disable=not errors_console.is_terminal,
     )
     with upload.weights, shown as weights:
-        return send(client, adapter, upload, weights, base, fingerprint, annotations)
+        return send(client, adapter, upload, weights, extras)
 
 
 def _publish_address(
@@ -163,8 +160,7 @@ def _publish_address(
     adapter: str,
     config: Path | None,
     base_config: Path | None,
-    fingerprint: "Fingerprint | None",
-    annotations: Mapping[str, str],
+    extras: Extras,
 ) -> tuple[Mapping[str, Any], bool]:
     """Downloads an adapter from an address and publishes it. Returns the version, and whether it is new."""
     from prefix_service.checkpoints.remote.download import downloaded
@@ -176,9 +172,8 @@ def _publish_address(
             found = stack.enter_context(downloaded(address, most, config=config, base_config=base_config))
         if found.converted is not None:
             note(f"converted: {found.converted}")
-        base = None if base_config is None else base_config.read_bytes()
-        described = {**found.annotations, **annotations}
-        return _publish_source(client, found.folder, adapter, None, base, fingerprint, described)
+        described = {**found.annotations, **extras.annotations}
+        return _publish_source(client, found.folder, adapter, None, replace(extras, annotations=described))
 
 
 def _tell_published(version: Mapping[str, Any], *, is_new: bool, as_json: bool) -> None:

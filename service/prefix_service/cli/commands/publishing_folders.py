@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from prefix_service.cli.commands.publication import published, send, tell_new_tenant
+from prefix_service.cli.commands.publication import Extras, published, send, tell_new_tenant
 from prefix_service.cli.console import complain, error_line, errors_console, print_json, say
 from prefix_service.errors import (
     Conflict,
@@ -24,7 +24,7 @@ from prefix_service.errors import (
 from prefix_service.prefix.references import check_name
 
 if TYPE_CHECKING:
-    from prefix_service.client import Fingerprint, PrefixClient
+    from prefix_service.client import PrefixClient
 
 _IN_PARALLEL: Final = 4
 _OF_ONE_FOLDER: Final = (InvalidInput, TooLarge, Conflict)
@@ -69,13 +69,7 @@ def named_after_folders(words: Sequence[str], tenant: str) -> dict[str, Path]:
     return adapters
 
 
-def publish_folders(
-    client: "PrefixClient",
-    adapters: Mapping[str, Path],
-    base: bytes | None,
-    fingerprint: "Fingerprint | None",
-    annotations: Mapping[str, str],
-) -> list[Outcome]:
+def publish_folders(client: "PrefixClient", adapters: Mapping[str, Path], extras: Extras) -> list[Outcome]:
     """Publish many folders, some in parallel, with a bar that counts them. Returns their outcomes in the same order.
 
     An error of one folder leaves the others alone; after one that they would all meet, no other is begun.
@@ -93,7 +87,7 @@ def publish_folders(
             try:
                 upload = prepare_upload(folder)
                 with upload.weights as weights:
-                    version, is_new = send(client, adapter, upload, weights, base, fingerprint, annotations)
+                    version, is_new = send(client, adapter, upload, weights, extras)
             except PrefixServiceError as error:
                 if not isinstance(error, _OF_ONE_FOLDER):
                     stopped.set()

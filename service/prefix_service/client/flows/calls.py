@@ -3,8 +3,7 @@
 """
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from prefix_service.client import options
 from prefix_service.client.flows import base_models, flows, listing, many, resolving
@@ -12,7 +11,7 @@ from prefix_service.client.flows.flows import Reading
 from prefix_service.client.flows.resolving import ResolvedVersion
 from prefix_service.client.protocol import Flow, Progress, Together
 from prefix_service.errors import PrefixServiceError
-from prefix_service.prefix.fingerprint import NO_FINGERPRINT, Fingerprint
+from prefix_service.prefix.fingerprint import Fingerprint
 from prefix_service.prefix.ranks import Rank
 from prefix_service.prefix.variant import KVDtype, Span
 
@@ -64,14 +63,12 @@ def get(
         layers: half-open range `(first, end)` of layers; by default all.
         kv_heads: half-open range `(first, end)` of key/value heads; by default all.
         tp: `(rank, size)`: the heads of this tensor-parallel rank as vLLM and Megatron place them, each on several
-        ranks if
-            there are more ranks than heads. The heads of other ranks are not sent. Instead of `kv_heads`.
+            ranks if there are more ranks than heads. The heads of other ranks are not sent. Instead of `kv_heads`.
         pp: `(first, end)`: the layers of this pipeline stage. Instead of `layers`.
         materialise: whether each row has memory of its own.
         progress: called with the bytes that have arrived and their total, from the thread that receives them, so it
-        should
-            be quick. It is not called if no bytes are sent, as from a cache, and starts again at 0 if the request is
-            repeated.
+            should be quick. It is not called if no bytes are sent, as from a cache, and starts again at 0 if the
+            request is repeated.
 
     Raises:
         NotFound, Unauthenticated, InvalidInput, …: the service reported the error.
@@ -114,8 +111,7 @@ def get_many(
 
     Args:
         rows: for each row a reference as in `get`, a list of them (their prefixes are concatenated in that order), or
-        None
-            (no prefix).
+            None (no prefix).
         attention_mask: the input's, `[B, S]`, with one row per row of the batch.
         batch_size: if given, it must be the number of rows.
         dtype: as in `get`; required if stored dtypes differ.
@@ -128,8 +124,7 @@ def get_many(
 
     Raises:
         NotFound, InvalidReference, …: the service reported the error, or a reference is malformed; the message names
-        the
-            row.
+            the row.
         InvalidRequest: rows differ in layers, heads, head size or dtype, or no row has a prefix.
         ConnectionFailed: the service did not answer before the deadline.
         InvalidResponse: an answer is damaged, answers another question, or did not come from the service.
@@ -210,93 +205,6 @@ def put_base_model(self: Caller, reference: str, fingerprint: Fingerprint) -> Fl
     """
     known = options.fingerprint("fingerprint", fingerprint).known()
     return base_models.put_base_model(self._reading.fingerprints, reference, known)
-
-
-def publish(
-    self: Caller,
-    adapter: str,
-    folder: str | Path,
-    *,
-    base_model_config: str | Path | None = None,
-    annotations: Mapping[str, str] | None = None,
-    base_model: Fingerprint | None = None,
-    progress: Progress | None = None,
-) -> Flow[tuple[Mapping[str, Any], bool]]:
-    """Publishes a local folder as a version of `tenant/name`. Returns the version's metadata, and whether it is new.
-
-    Args:
-        adapter: where to publish, `tenant/name`.
-        folder: the output of PEFT's `save_pretrained`: `adapter_config.json`, `adapter_model.safetensors`, and a
-            `README.md`, which becomes the model card. The prefix is cut out of a full training checkpoint. The
-            `prefix_recipe.json` of a compiled prefix becomes annotations.
-        base_model_config: the base model's `config.json`, for dimensions that the adapter's config lacks.
-        annotations: texts by key, such as author, run, metrics; they replace those of a recipe by the same key. They
-            belong to a new version; an existing one keeps its own.
-        base_model: the fingerprint of the base model, from `fingerprint_of` or `read_fingerprint`; by default that of a
-            compiled prefix, from its folder. It is stored for an existing version too.
-        progress: called with the bytes that were sent and their total, as in `get`.
-
-    Raises:
-        InvalidRequest: there is no such folder, or a file cannot be read.
-        InvalidConfig, InvalidCheckpoint: the folder lacks a file, or the service refused one; nothing was published.
-        TooLarge, QuotaExceeded, …: the service reported the error; nothing was published.
-        ConnectionFailed: the service did not answer before the deadline.
-        InvalidResponse: the answer did not come from the service.
-    """
-    path = options.required_path("folder", folder)
-    model = options.path("base_model_config", base_model_config)
-    known = None if base_model is None else options.fingerprint("base_model", base_model)
-    told = options.callback("progress", progress)
-    return flows.publish_folder(adapter, path, model, annotations, known, told)
-
-
-def publish_files(
-    self: Caller,
-    adapter: str,
-    config: bytes,
-    weights: BinaryIO,
-    base_model_config: bytes | None = None,
-    *,
-    card: bytes | None = None,
-    annotations: Mapping[str, str] | None = None,
-    base_model: Fingerprint = NO_FINGERPRINT,
-) -> Flow[tuple[Mapping[str, Any], bool]]:
-    """Publishes a version of `tenant/name` from open files. Returns the version's metadata, and whether it is new.
-
-    Args:
-        adapter: where to publish, `tenant/name`.
-        config: the bytes of `adapter_config.json`.
-        weights: `adapter_model.safetensors`, open for reading in binary mode.
-        base_model_config: the bytes of the base model's `config.json`, for dimensions that the adapter's config lacks.
-        card: the model card, a `README.md` as PEFT writes it.
-        annotations: texts by key, such as author, run, metrics. Like the card, they belong to a new version; an
-        existing
-            one keeps its own.
-        base_model: the fingerprint of the base model, stored for an existing version too.
-
-    Raises:
-        InvalidConfig, InvalidCheckpoint, TooLarge, …: the service reported the error; nothing was published.
-        InvalidRequest: an argument is not a readable file.
-        ConnectionFailed: the service did not answer before the deadline.
-        InvalidResponse: the answer did not come from the service.
-    """
-    model = None if base_model_config is None else options.content("base_model_config", base_model_config)
-    text = None if card is None else options.content("card", card)
-    config, weights = options.content("config", config), options.file("weights", weights)
-    known = options.fingerprint("base_model", base_model)
-    return flows.publish(adapter, config, weights, model, text, annotations, known)
-
-
-def compose(self: Caller, adapter: str, references: Iterable[str]) -> Flow[tuple[Mapping[str, Any], bool]]:
-    """Publishes the concatenation of prefixes as a version of `tenant/name`, a CARTRIDGE as made by PEFT's
-    `compose_cartridge_adapters`. Returns the version's metadata, and whether it is new.
-
-    Raises:
-        NotFound, InvalidRequest, …: the service reported the error; nothing was published.
-        ConnectionFailed: the service did not answer before the deadline.
-        InvalidResponse: the answer did not come from the service.
-    """
-    return flows.compose(adapter, options.references(references))
 
 
 def inspect(self: Caller, reference: str) -> Flow[Mapping[str, Any]]:

@@ -4,11 +4,10 @@
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from prefix_service.client.base_model_check import BaseModelCheck
 from prefix_service.client.cache.cache import Cached, LocalCache
@@ -17,16 +16,14 @@ from prefix_service.client.cache.fingerprints import Fingerprints
 from prefix_service.client.flows import base_models
 from prefix_service.client.flows.question import Question, require_version
 from prefix_service.client.flows.watched import Watched
-from prefix_service.client.options import PrefixOptions, json_bytes
-from prefix_service.client.protocol import Answer, Flow, Progress, Request, Together, Work, adapter_path, check_digest
+from prefix_service.client.options import PrefixOptions
+from prefix_service.client.protocol import Answer, Flow, Progress, Request, Work, adapter_path, check_digest
 from prefix_service.client.service_state import ServiceState
 from prefix_service.errors import InvalidRequest, InvalidResponse, PrefixServiceError
-from prefix_service.prefix.file_names import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from prefix_service.prefix.fingerprint import NO_FINGERPRINT, Fingerprint
-from prefix_service.prefix.references import Reference, parse_qualified
+from prefix_service.prefix.references import parse_qualified
 
 if TYPE_CHECKING:
-    from prefix_service.checkpoints.sources import Upload
     from prefix_service.client.prefixes.float8_error import Float8Error
     from prefix_service.client.prefixes.prefix import Prefix
 
@@ -206,97 +203,6 @@ def _decoded(reading: Reading, question: Question, entry: Entry, headers: Mappin
 
 def _names_base_model(headers: Mapping[str, str]) -> bool:
     return "prefix-base-model" in headers
-
-
-def publish(
-    adapter: str,
-    config: bytes,
-    weights: BinaryIO,
-    base_model_config: bytes | None,
-    card: bytes | None = None,
-    annotations: Mapping[str, str] | None = None,
-    base_model: Fingerprint = NO_FINGERPRINT,
-    progress: Progress | None = None,
-) -> Flow[tuple[Mapping[str, Any], bool]]:
-    """Publishes a version of `tenant/name`, then stores the fingerprint of its base model; returns its metadata, and
-    whether it is new."""
-    tenant, name = adapter_alone(adapter)
-    files: dict[str, bytes | BinaryIO] = {CONFIG_NAME: config}
-    if base_model_config is not None:
-        files["base_model_config"] = base_model_config
-    if card is not None:
-        files[CARD_NAME] = card
-    if annotations:
-        files["annotations"] = json_bytes("annotations", annotations)
-    files[WEIGHTS_NAME] = weights
-    path = adapter_path(tenant, name, "versions")
-    answer: Answer = yield Request("POST", path, files=files, progress=progress)
-    version, is_new = _published(tenant, name, answer)
-    if base_model != NO_FINGERPRINT:
-        (stored,) = yield Together([_put_base_model(f"{adapter}@{version['digest']}", base_model)], 1)
-        if isinstance(stored, PrefixServiceError):
-            stored.message = (
-                f"{adapter}@{version['version']} is published, but the fingerprint of its base model is not stored "
-                f"(publish it again): {stored.message}"
-            )
-            stored.args = (stored.message,)
-            raise stored
-    return version, is_new
-
-
-def _put_base_model(reference: str, fingerprint: Fingerprint) -> Flow[None]:
-    yield from base_models.put_base_model(Fingerprints(), reference, fingerprint.known())
-
-
-def publish_folder(
-    adapter: str,
-    folder: Path,
-    base_model_config: Path | None,
-    annotations: Mapping[str, str] | None,
-    base_model: Fingerprint | None,
-    progress: Progress | None,
-) -> Flow[tuple[Mapping[str, Any], bool]]:
-    """Publishes a version of `tenant/name` from a local folder; returns its metadata, and whether it is new."""
-    adapter_alone(adapter)
-    upload, model = yield Work(partial(_opened, folder, base_model_config))
-    described = upload.recipe if annotations is None else {**upload.recipe, **annotations}
-    own = upload.base_model if base_model is None else base_model
-    with upload.weights as weights:
-        return (yield from publish(adapter, upload.config, weights, model, upload.card, described, own, progress))
-
-
-def _opened(folder: Path, base_model_config: Path | None) -> "tuple[Upload, bytes | None]":
-    """Open the weights of an adapter's folder, and read its config and the base model's."""
-    from prefix_service.checkpoints.sources import prepare_upload
-
-    if not folder.exists():
-        raise InvalidRequest(f"there is no folder {folder} to publish")
-    try:
-        model = None if base_model_config is None else base_model_config.read_bytes()
-    except OSError as error:
-        raise InvalidRequest(f"base_model_config {base_model_config} cannot be read: {error.strerror}") from error
-    return prepare_upload(folder), model
-
-
-def compose(adapter: str, references: Iterable[str]) -> Flow[tuple[Mapping[str, Any], bool]]:
-    """Publishes the concatenation of prefixes as a version of `tenant/name`.
-
-    Returns its metadata, and whether it is new.
-    """
-    tenant, name = adapter_alone(adapter)
-    answer: Answer = yield Request("POST", adapter_path(tenant, name, "versions"), json={"compose": list(references)})
-    return _published(tenant, name, answer)
-
-
-def _published(tenant: str, name: str, answer: Answer) -> tuple[Mapping[str, Any], bool]:
-    """Returns the version in the answer to a publication, and whether it is new.
-
-    It has `tenant_created` if its tenant was created with it.
-    """
-    found = require_version(answer.json_object(), tenant, Reference(name), answer.headers.get("location"))
-    if answer.headers.get("prefix-tenant-created") == "true":
-        found = {**found, "tenant_created": True}
-    return found, answer.status == 201
 
 
 def adapter_alone(text: str) -> tuple[str, str]:

@@ -22,6 +22,7 @@ from prefix_service.client.transformers.texts import Role, Tokenizer, template_o
 from prefix_service.client.transformers.virtual_tokens import SoftPrompt, embeddings, read_soft_prompt
 from prefix_service.errors import InvalidRequest
 from prefix_service.prefix.config import parse_config
+from prefix_service.prefix.file_names import RECIPE_KEYS
 from prefix_service.prefix.fingerprint import Fingerprint
 
 Progress = Callable[[int, int], None]
@@ -247,7 +248,7 @@ def _compiled(
 
 def _recipe(values: Mapping[str, str]) -> dict[str, str]:
     """Returns annotations of what is known."""
-    return {f"compiled/{name}": value[:_MOST_NAME] for name, value in values.items() if value}
+    return {f"{RECIPE_KEYS}{name}": value[:_MOST_NAME] for name, value in values.items() if value}
 
 
 def _of_tokenizer(tokenizer: Tokenizer, role: Role) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""`registry.failures` remembers for a moment which versions failed to load, and only so many of them."""
+"""`system.failures` remembers for a moment which versions failed to load, and only so many of them."""
 
 import gc
 import weakref
@@ -14,7 +14,7 @@ from prefix_service.errors import (
     StorageFailed,
     Unavailable,
 )
-from prefix_service.registry.failures import REMEMBERED_SECONDS, Failures
+from prefix_service.system.failures import REMEMBERED_SECONDS, Failures
 
 
 class Clock:
