@@ -149,8 +149,7 @@ class Guarded(asyncio.Protocol):
             if principal is not self._principal:
                 self._principal, self._caller = principal, _turn_of(principal)
         elif self._principal is None:
-            # A probe waits neither behind many new connections, nor behind those that ask before they are answered.
-            self._caller = f"{peer_name(self._peer)}, {'ahead' if self._asks_ahead() else 'again'}"
+            self._caller = f"{peer_name(self._peer)}, again"  # many new connections do not delay a probe's
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stops the timer, and drops the unparsed input."""
@@ -207,14 +206,6 @@ class Guarded(asyncio.Protocol):
         self._lingering.hold(bool(self._unparsed))
         self._note_whether_idle()
 
-    def _end_request(self) -> None:
-        """Lets uvicorn go on behind an answer."""
-        super().on_response_complete()  # type: ignore[misc]
-
-    def _asks_ahead(self) -> bool:
-        """Returns whether requests came before the one in progress was answered."""
-        return bool(self._unparsed)
-
     def _parse(self, data: bytes | memoryview) -> None:
         raise NotImplementedError
 
@@ -237,7 +228,7 @@ class Guarded(asyncio.Protocol):
     def on_response_complete(self) -> None:
         """Goes on with the input behind the requests that are now answered."""
         self._note_key()
-        self._end_request()
+        super().on_response_complete()  # type: ignore[misc]
         if self._postponed is not None:
             self._refuse(self._postponed)
         elif self._unparsed:

@@ -164,16 +164,6 @@ class HttpToolsConnection(Guarded, HttpToolsProtocol):
     def _owes_answers(self) -> bool:
         return bool(self.pipeline) or super()._owes_answers()
 
-    def _asks_ahead(self) -> bool:
-        return bool(self.pipeline) or super()._asks_ahead()
-
-    def _end_request(self) -> None:
-        """Begins the next of the requests that came in one piece when it is this caller's turn: uvicorn would begin it
-        immediately, so that the connections which parsed several would share each turn with all others of their kind.
-        """
-        if not self.pipeline or self._turns.take(self._caller, super()._end_request):
-            super()._end_request()
-
 
 class H11Connection(Guarded, H11Protocol):
     """A connection that h11, in Python, parses."""
