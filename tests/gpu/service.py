@@ -11,7 +11,7 @@ from tests.gpu.rows import FAILED, NOT_RUN, PASSED, Row
 from tests.vllm.driver import ROOT
 
 PART: Final = "service"
-_FOLDERS: Final = ("tests/gpu", "tests/prefix", "tests/registry")
+_FOLDERS: Final = ("tests/client/transformers", "tests/gpu", "tests/prefix", "tests/registry")
 """Where such tests are."""
 
 

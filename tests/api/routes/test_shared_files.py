@@ -21,6 +21,7 @@ from tests.api.helpers import CONFIG, MEDIA_TYPE, adapter_of, upload, upload_dir
 from tests.conftest import Server, running_server
 from tests.forked import run_forked
 from tests.missing import not_tested
+from tests.processes import eventually
 from tests.sharing import shared_dir, shared_files, sharing_server
 
 SHARED = "application/vnd.prefix-service.shared-file+json"
@@ -332,7 +333,8 @@ def test_a_tmpfs_that_is_full(tiny: Path) -> None:
             assert (answer.status_code, answer.headers["content-type"]) == (200, MEDIA_TYPE)
         assert answer.headers["vary"] == "Accept"
         assert len(shared_files(tiny)) == 1
-        assert server.log.read_text().count("a rendering is not shared: No space left on device") == 1
+        line = "a rendering is not shared: No space left on device"
+        eventually(lambda: server.log.read_text().count(line) == 1)
         assert client.delete("/v1/tenants/acme/adapters/a0@1/residency").status_code == 204
         assert client.delete("/v1/tenants/acme/adapters/a1@1/residency").status_code == 204
         again = client.get(path_of("a1"), headers=BOTH)
