@@ -97,6 +97,7 @@ class Guarded(asyncio.Protocol):
         self._unparsed: bytes | memoryview = b""
         self._is_waiting = False  # for a turn to be parsed
         self._postponed: PrefixServiceError | None = None
+        self._next_waits = False
         super().__init__(**uvicorn)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -149,7 +150,8 @@ class Guarded(asyncio.Protocol):
             if principal is not self._principal:
                 self._principal, self._caller = principal, _turn_of(principal)
         elif self._principal is None:
-            self._caller = f"{peer_name(self._peer)}, again"  # many new connections do not delay a probe's
+            # A probe waits neither behind many new connections, nor behind those that ask before they are answered.
+            self._caller = f"{peer_name(self._peer)}, {'ahead' if self._unparsed or self._has_next() else 'again'}"
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stops the timer, and drops the unparsed input."""
@@ -226,14 +228,28 @@ class Guarded(asyncio.Protocol):
         self._note_whether_idle()
 
     def on_response_complete(self) -> None:
-        """Goes on with the input behind the requests that are now answered."""
+        """Goes on with the input behind the request that is now answered, in its caller's turn if the parser has more:
+        else connections that sent several requests in one piece would fill each turn of the event loop.
+        """
         self._note_key()
+        if not self._has_next() or self._turns.take(self._caller, self._go_on):
+            self._go_on()
+        else:
+            self._next_waits = True
+            self._note_whether_idle()
+
+    def _go_on(self) -> None:
+        self._next_waits = False
         super().on_response_complete()  # type: ignore[misc]
         if self._postponed is not None:
             self._refuse(self._postponed)
         elif self._unparsed:
             self._parse_in_turn()
         self._note_whether_idle()
+
+    def _has_next(self) -> bool:
+        """Returns whether the parser has more than the requests that are answered."""
+        raise NotImplementedError
 
     @property
     def is_answering(self) -> bool:
@@ -331,7 +347,7 @@ class Guarded(asyncio.Protocol):
     def _owes_answers(self) -> bool:
         """Returns whether requests in front of the faulty one wait for their answers."""
         cycle = self.cycle
-        return cycle is not None and not cycle.response_complete and not self._is_in_body
+        return self._next_waits or (cycle is not None and not cycle.response_complete and not self._is_in_body)
 
     def _may_answer(self) -> bool:
         """Returns whether a response sent now would be read as the answer to the faulty request, not to an earlier one

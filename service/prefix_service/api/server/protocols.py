@@ -164,6 +164,9 @@ class HttpToolsConnection(Guarded, HttpToolsProtocol):
     def _owes_answers(self) -> bool:
         return bool(self.pipeline) or super()._owes_answers()
 
+    def _has_next(self) -> bool:
+        return bool(self.pipeline)
+
 
 class H11Connection(Guarded, H11Protocol):
     """A connection that h11, in Python, parses."""
@@ -203,6 +206,9 @@ class H11Connection(Guarded, H11Protocol):
         super().handle_events()
         if self.cycle is not newest and self.cycle.waiting_for_100_continue:
             self.cycle.send = partial(_send_once_continued, self.cycle, self.cycle.send)
+
+    def _has_next(self) -> bool:
+        return bool(self.conn.trailing_data[0])
 
     def send_400_response(self, _message: str) -> None:
         """Refuses a request. uvicorn calls this while it handles the parser's
