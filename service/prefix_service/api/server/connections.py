@@ -97,7 +97,7 @@ class Guarded(asyncio.Protocol):
         self._unparsed: bytes | memoryview = b""
         self._is_waiting = False  # for a turn to be parsed
         self._postponed: PrefixServiceError | None = None
-        self._next_waits = False
+        self._next_waits = False  # for a turn: the parser's next request
         super().__init__(**uvicorn)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -138,7 +138,9 @@ class Guarded(asyncio.Protocol):
         A connection whose reader has no key and does not keep up counts as idle: nobody waits for its answer.
         """
         self._note_key()
-        if self.cycle is None or (self._principal is None if self.flow.write_paused else self.cycle.response_complete):
+        if self.cycle is None or (
+            self._principal is None if self.flow.write_paused else self.cycle.response_complete and not self._next_waits
+        ):
             self._peers.idle(self)
         else:
             self._peers.busy(self)
@@ -228,8 +230,10 @@ class Guarded(asyncio.Protocol):
         self._note_whether_idle()
 
     def on_response_complete(self) -> None:
-        """Goes on with the input behind the request that is now answered, in its caller's turn if the parser has more:
-        else connections that sent several requests in one piece would fill each turn of the event loop.
+        """Goes on with the input behind the request that is now answered.
+
+        If the parser has another request already, it begins in the caller's turn: otherwise connections that send
+        several requests in one piece would fill each turn of the event loop.
         """
         self._note_key()
         if not self._has_next() or self._turns.take(self._caller, self._go_on):
@@ -345,7 +349,7 @@ class Guarded(asyncio.Protocol):
         raise NotImplementedError
 
     def _owes_answers(self) -> bool:
-        """Returns whether requests in front of the faulty one wait for their answers."""
+        """Returns whether earlier requests wait for their answers, or one that is parsed waits for its turn."""
         cycle = self.cycle
         return self._next_waits or (cycle is not None and not cycle.response_complete and not self._is_in_body)
 

@@ -13,8 +13,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Extras:
-    """What the command line adds to an adapter's files: the base model's config.json, its fingerprint, and annotations.
-    The last two replace those of the adapter's own folder.
+    """What the options of `publish` add to the files of an adapter.
+
+    `base_config` is the base model's `config.json`. `base_model` and `annotations` replace those of the adapter's
+    folder.
     """
 
     base_config: bytes | None
