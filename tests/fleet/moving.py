@@ -87,8 +87,8 @@ class Ground:
         return ["--data-dir", self.data_dir, "--to-catalog", self.catalog_url, "--to-blobs", self.blobs_url]
 
 
-def campaign(ground: Ground, count: int, say: Say) -> int:
-    """Moves a folder with so many adapters; returns the number of differences."""
+def campaign(ground: Ground, count: int, say: Say) -> list[str]:
+    """Moves a folder with so many adapters; returns what differs in the end, a line each."""
     fill_folder(ground.data_dir, count)
     say(f"filled {count} adapters")
     with running_server(ground.data_dir, environment={"PREFIX_LOG_LEVEL": "warning"}) as server:
@@ -117,8 +117,8 @@ def campaign(ground: Ground, count: int, say: Say) -> int:
         "rows, back": different_rows(ground.catalog_url, catalog_file(back)),
         "blobs, back": damaged_files(back),
     }
-    say(", ".join(f"{name}: {count} differences" for name, count in found.items()))
-    return sum(found.values())
+    say(", ".join(f"{name}: {len(lines)} differences" for name, lines in found.items()))
+    return [f"{name}: {line}" for name, lines in found.items() for line in lines]
 
 
 def fill_folder(data_dir: Path, count: int) -> None:
@@ -207,33 +207,42 @@ def summary(done: dict[str, Any]) -> str:
     return f"{done['blobs']} blobs, rows: {rows}"
 
 
-def different_answers(mine: httpx.Client, its: httpx.Client) -> int:
-    """Compares answers of two services, bytes and headers that matter; returns how many differ."""
+def different_answers(mine: httpx.Client, its: httpx.Client) -> list[str]:
+    """Compares answers of two services, bytes and headers that matter; returns those that differ."""
     tenants = [f"moving-{number}" for number in range(_PUBLISHERS)]
     paths = ["/v1/tenants?limit=1000", "/v1/keys", f"/v1/tenants/{BIG}/adapters/first/prefix"]
     for tenant in tenants:
         own = f"/v1/tenants/{tenant}"
         paths += [f"{own}/keys", f"{own}/audit?limit=100", f"{own}/adapters?limit=100", f"{own}/usage"]
         paths += [f"{own}/adapters/a{number}@prod/prefix" for number in range(7)]
-    differences = 0
+    differences = []
     for path in paths:
         one, other = mine.get(path), its.get(path)
         heads = [(each.status_code, each.headers.get("ETag"), each.headers["Prefix-Catalog"]) for each in (one, other)]
-        differences += heads[0] != heads[1] or (one.status_code == 200 and _told(one) != _told(other))
+        if heads[0] != heads[1] or (one.status_code == 200 and _told(one) != _told(other)):
+            differences.append(f"{path}: {heads[0]} {one.content[:2000]!r}, {heads[1]} {other.content[:2000]!r}")
     return differences
 
 
 def _told(answer: httpx.Response) -> object:
-    """Returns a body without the moment at which a key was used last: this comparison uses one."""
+    """Returns a body without the moment at which a key was used last: this comparison uses one. The bytes that wait
+    for a collection are left out too: a replica removes rows of deleted adapters, a read-only service does not.
+    """
     if "json" not in answer.headers["Content-Type"]:
         return answer.content
-    return json.loads(answer.text, object_hook=lambda found: {k: v for k, v in found.items() if k != "last_used"})
+    own = ("last_used", "uncollected")
+    return json.loads(answer.text, object_hook=lambda found: {k: v for k, v in found.items() if k not in own})
 
 
-def different_rows(mine: Path | str, its: Path | str) -> int:
-    """Returns how many rows only one of two catalogs has."""
+def different_rows(mine: Path | str, its: Path | str) -> list[str]:
+    """Returns the rows that only one of two catalogs has."""
     one, other = (_rows(place) for place in (mine, its))
-    return sum(len(one[name] ^ other[name]) for name in one)
+    return [
+        f"{name}: only {whose} has {row}"
+        for name in one
+        for whose, rows in (("the first", one[name] - other[name]), ("the second", other[name] - one[name]))
+        for row in sorted(rows)
+    ]
 
 
 def _rows(place: Path | str) -> dict[str, set[str]]:
@@ -261,8 +270,8 @@ def named(place: Path | str) -> set[str]:
         return {digest for row in connection.execute(query) for digest in row}
 
 
-def different_blobs(ground: Ground) -> int:
-    """Returns how many blobs that the database names are missing in the bucket, or are others."""
+def different_blobs(ground: Ground) -> list[str]:
+    """Returns the blobs that the database names and that are missing in the bucket, or are others."""
     store = objects(ground.seaweedfs.url, ground.bucket_path)
     there = {item["path"] for page in obstore.list(store) for item in page}
     wanted = named(ground.catalog_url)
@@ -270,16 +279,18 @@ def different_blobs(ground: Ground) -> int:
     read = (
         (digest, hashlib.sha256(obstore.get(store, path_of(digest)).bytes()).hexdigest()) for digest in wanted - missing
     )
-    return len(missing) + sum(digest != f"sha256:{found}" for digest, found in read)
+    damaged = (digest for digest, found in read if digest != f"sha256:{found}")
+    return [f"{digest} is missing" for digest in sorted(missing)] + [f"{digest} is damaged" for digest in damaged]
 
 
-def damaged_files(data_dir: Path) -> int:
-    """Returns how many blobs that a data folder's catalog names are missing in it, or are others."""
+def damaged_files(data_dir: Path) -> list[str]:
+    """Returns the blobs that a data folder's catalog names and that are missing in it, or are others."""
     paths = {digest: blob_folder(data_dir) / path_of(digest) for digest in named(catalog_file(data_dir))}
-    return sum(
-        not path.exists() or digest != f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
+    return [
+        digest
         for digest, path in paths.items()
-    )
+        if not path.exists() or digest != f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
+    ]
 
 
 def main(
@@ -304,6 +315,8 @@ def main(
         for server in servers:
             stack.callback(server.remove)
         differences = campaign(Ground(Path(folder), *servers), count, say)
+    for line in differences:
+        typer.echo(line)
     sys.exit(1 if differences else 0)
 
 
