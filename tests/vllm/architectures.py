@@ -74,8 +74,8 @@ class Architecture:
 
 
 ARCHITECTURES: Final = {
-    "Llama": Architecture("Llama", "all", 50, {"sliding_window": None}),
-    "Qwen 3": Architecture("Qwen3", "all, norms of queries and keys", 50, {"sliding_window": None}),
+    "Llama": Architecture("Llama", "all", 20, {"sliding_window": None}),
+    "Qwen 3": Architecture("Qwen3", "all, norms of queries and keys", 20, {"sliding_window": None}),
     "Mistral": Architecture("Mistral", "window in all", 20),
     "Qwen 2": Architecture(
         "Qwen2", "window in all", 20, {"use_sliding_window": True, "max_window_layers": 0}, head_dim=False
@@ -140,7 +140,15 @@ ARCHITECTURES: Final = {
             "num_experts_per_tok": 1,
         },
     ),
-    "Cohere 2": Architecture("Cohere2", "window in three of four", 50),
+    # vLLM shows a layer with a window one token more than transformers does (`models/commandr.py`), so both are given
+    # the window with which they see the same.
+    "Cohere 2": Architecture(
+        "Cohere2",
+        "window in three of four, with one token more in vLLM than in transformers",
+        50,
+        {"sliding_window": WINDOW + 1, "logit_scale": 1.0},
+        {"hf_overrides": {"sliding_window": WINDOW}},
+    ),
     "Olmo 3": Architecture("Olmo3", "window in three of four", 50),
     "Exaone 4": Architecture("Exaone4", "window in three of four", 50, {"sliding_window_pattern": 4}),
     "Ministral": Architecture("Ministral", "window in every second", 50, {"layer_types": _EVERY_SECOND[:4]}),
