@@ -73,10 +73,10 @@ def _told(length: int, times: dict[str, list[float]]) -> str:
     return f"{told}; real tokens take {gain:.1f} times as long as a fetched adapter{published}"
 
 
-def _nbytes(config: LlamaConfig) -> int:
+def _nbytes(config: Any) -> int:
     """Returns the bytes of 2,048 virtual tokens in bfloat16."""
-    heads: int = config.num_key_value_heads
-    return 2 * config.num_hidden_layers * heads * config.head_dim * _CARTRIDGE * 2
+    nbytes: int = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * _CARTRIDGE * 2
+    return nbytes
 
 
 def _copy(times: dict[str, list[float]], nbytes: int) -> str:

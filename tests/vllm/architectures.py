@@ -74,8 +74,8 @@ class Architecture:
 
 
 ARCHITECTURES: Final = {
-    "Llama": Architecture("Llama", "all", 20, {"sliding_window": None}),
-    "Qwen 3": Architecture("Qwen3", "all, norms of queries and keys", 20, {"sliding_window": None}),
+    "Llama": Architecture("Llama", "all", 50, {"sliding_window": None}),
+    "Qwen 3": Architecture("Qwen3", "all, norms of queries and keys", 50, {"sliding_window": None}),
     "Mistral": Architecture("Mistral", "window in all", 20),
     "Qwen 2": Architecture(
         "Qwen2", "window in all", 20, {"use_sliding_window": True, "max_window_layers": 0}, head_dim=False
