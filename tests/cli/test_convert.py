@@ -312,6 +312,20 @@ def test_a_flipped_bit_of_a_tensor_is_found(tmp_path: Path) -> None:
         convert(tmp_path / "cache.pt")
 
 
+def test_a_checkpoint_that_unpacks_to_more_than_it_has_is_refused(tmp_path: Path) -> None:
+    """torch.load would read a compressed zip of a few bytes into as much memory as its directory says."""
+    torch.save({"prompt_embeddings": torch.zeros(20, 96)}, tmp_path / "plain.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pt") as plain,
+        zipfile.ZipFile(tmp_path / "cache.pt", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    size = (tmp_path / "cache.pt").stat().st_size
+    with pytest.raises(InvalidCheckpoint, match=rf"cache\.pt has {size} bytes and unpacks to \d+: .* save it again"):
+        convert(tmp_path / "cache.pt", config=CORPUS / "cases/llama-n20-emb/adapter/adapter_config.json")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

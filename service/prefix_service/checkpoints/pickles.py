@@ -109,9 +109,16 @@ def _check_file(path: Path) -> None:
             if not start.startswith(pickle.PROTO):
                 raise InvalidCheckpoint(f"{path} was not written by torch.save")
             return
-        # torch.load does not compare the checksums of a zip's members.
         with zipfile.ZipFile(path) as archive:
-            for member in archive.infolist():
+            members, size = archive.infolist(), path.stat().st_size
+            unpacked = sum(member.file_size for member in members)
+            # torch.load would read a few packed bytes, or bytes that many members share, into gigabytes of memory.
+            if unpacked > size:
+                raise InvalidCheckpoint(
+                    f"{path} has {size} bytes and unpacks to {unpacked}: torch.save does not compress, so save it again"
+                )
+            # torch.load does not compare the checksums of a zip's members.
+            for member in members:
                 if not member.CRC:  # torch.save writes 0 if it is configured to compute none
                     continue
                 with archive.open(member) as content:

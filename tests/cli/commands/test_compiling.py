@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from prefix_service.checkpoints.base_models import read_fingerprint
 from prefix_service.client import PrefixClient
@@ -13,7 +14,7 @@ from prefix_service.client.transformers import compile_prefix, text_tokens
 from tests.cli.conftest import Run, on_terminal
 from tests.client.transformers.test_texts import CHATML, TEXT, tokenizer
 from tests.commands import PREFIX_SERVICE
-from tests.conftest import Server
+from tests.conftest import CORPUS, Server
 
 
 def test_a_text_is_compiled_and_published(server: Server, run: Run, model: Path, tmp_path: Path) -> None:
@@ -111,6 +112,9 @@ def test_room_is_checked_before_the_model_is_loaded(
         ("compile --model {model} --tokens {folder}/ids {folder}", 1, "choose an empty folder"),
         ("compile --model {model} --tokens {folder}/ids {folder}/out --device nowhere", 1, "cannot be loaded"),
         ("compile --model {model} {folder} {folder}/out", 1, "is a prefix already: publish it as it is"),
+        ("compile --model {t5} --tokens {folder}/ids {folder}/out", 1, "t5 is an encoder-decoder model, in which text"),
+        ("compile --model {model} {folder}/tasks {folder}/out", 1, "needs a task: this one has 0 to 2, and none was"),
+        ("compile --model {model} {folder}/tasks {folder}/out --task 3", 1, "this one has 0 to 2, and got 3: "),
     ],
 )
 def test_what_cannot_be_compiled_is_said(
@@ -122,7 +126,11 @@ def test_what_cannot_be_compiled_is_said(
     (tmp_path / "binary").write_bytes(b"\xff")
     (tmp_path / "empty").mkdir()
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "CARTRIDGE", "num_virtual_tokens": 1}')
-    done = run(*words.format(model=model, folder=tmp_path).split())
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "adapter_config.json").write_text('{"peft_type": "MULTITASK_PROMPT_TUNING"}')
+    weights = {"prompt_embeddings": torch.zeros(2, 32), "prefix_task_cols": torch.zeros(3, 2, 1)}
+    save_file(weights, tmp_path / "tasks" / "adapter_model.safetensors")
+    done = run(*words.format(model=model, folder=tmp_path, t5=CORPUS / "bases" / "t5").split())
     assert done.returncode == status, done.stderr
     assert message in " ".join(done.stderr.split())
     assert not (tmp_path / "out").exists()

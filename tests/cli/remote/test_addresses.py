@@ -93,9 +93,10 @@ def test_files_are_taken_out_of_an_archive_one_by_one(tmp_path: Path) -> None:
         (("../a", tarfile.REGTYPE, b"x"), "leads out of the folder"),
         (("/a", tarfile.REGTYPE, b"x"), "leads out of the folder"),
         (("a/../../b", tarfile.REGTYPE, b"x"), "leads out of the folder"),
-        (("a", tarfile.SYMTYPE, b""), "a link or a device"),
-        (("a", tarfile.LNKTYPE, b""), "a link or a device"),
-        (("a", tarfile.FIFOTYPE, b""), "a link or a device"),
+        (("a", tarfile.SYMTYPE, b""), "a link, a device"),
+        (("a", tarfile.LNKTYPE, b""), "a link, a device"),
+        (("a", tarfile.FIFOTYPE, b""), "a link, a device"),
+        (("a", tarfile.GNUTYPE_SPARSE, b""), "or sparse"),
         (("sound", tarfile.REGTYPE, b"x"), "twice"),
     ],
 )
@@ -106,6 +107,19 @@ def test_an_archive_that_leads_elsewhere_is_refused(
     archive = _archive(tmp_path / "a.tar.gz", ("sound", tarfile.REGTYPE, b"x"), member)
     with pytest.raises(InvalidCheckpoint, match=reason):
         archived_files(archive, 100)
+
+
+@pytest.mark.parametrize(
+    "members",
+    [[("a" * (5 << 20), tarfile.REGTYPE, b"")], [(str(n), tarfile.DIRTYPE, b"") for n in range(9000)]],
+    ids=["a long name", "many folders"],
+)
+def test_an_archive_that_unpacks_to_headers_is_refused(tmp_path: Path, members: list[tuple[str, bytes, bytes]]) -> None:
+    """Names and folders of a small archive that would fill the memory are an error before they do."""
+    archive = _archive(tmp_path / "a.tar.gz", *members)
+    assert archive.stat().st_size < 1 << 18
+    with pytest.raises(InvalidCheckpoint, match="more than 4194304 bytes beside its files' contents"):
+        archived_files(archive, 1 << 30)
 
 
 @pytest.mark.parametrize(

@@ -315,7 +315,7 @@ def test_arguments_that_make_no_prefix_are_named(options: dict[str, Any], messag
         ({"peft_type": "LORA"}, InvalidConfig, "is of peft_type 'LORA'|is of peft_type \"LORA\""),
         ({"task_type": "SEQ_2_SEQ_LM"}, InvalidConfig, "only adapters of causal language models"),
         ({"modules_to_save": ["embed_tokens"]}, InvalidConfig, "also changes layers of the base model"),
-        ({"peft_type": "MULTITASK_PROMPT_TUNING"}, InvalidRequest, "needs a task"),
+        ({"peft_type": "MULTITASK_PROMPT_TUNING"}, InvalidCheckpoint, "have no prefix_task_cols"),
     ],
 )
 def test_an_adapter_that_is_no_soft_prompt_is_named(

@@ -43,7 +43,7 @@ def read_soft_prompt(folder: Path, task: int | None = None) -> SoftPrompt:
 
     Raises:
         InvalidConfig: there is no config, or the adapter is none whose virtual tokens can be compiled.
-        InvalidCheckpoint: there are no safetensors weights, or they have no virtual tokens.
+        InvalidCheckpoint: there are no safetensors weights, or they have no virtual tokens, or no tasks.
         InvalidRequest: a task is missing, out of range, or given for an adapter that has none.
     """
     values = _config(folder / CONFIG_NAME)
@@ -138,7 +138,14 @@ def _check_task(peft_type: str, task: int | None, shapes: Any) -> None:
         if task is not None:
             raise InvalidRequest(f"a {peft_type} adapter has no tasks: leave task {task} out")
         return
-    tasks = shapes.get("prefix_task_cols", (0,))[0]
+    tasks = next(iter(shapes.get("prefix_task_cols", ())), 0)
+    if not tasks:
+        raise InvalidCheckpoint(
+            f"the weights have no prefix_task_cols [tasks, tokens, ranks]: are they of this {_MULTITASK} adapter?"
+        )
     if task is None or not 0 <= task < tasks:
         given = "none was given" if task is None else f"got {task}"
-        raise InvalidRequest(f"a {_MULTITASK} adapter needs a task: this one has 0 to {tasks - 1}, and {given}")
+        raise InvalidRequest(
+            f"a {_MULTITASK} adapter needs a task: this one has 0 to {tasks - 1}, and {given}: choose one with task "
+            "(--task N)"
+        )
