@@ -37,8 +37,8 @@ from tests.api.helpers import (
     versions_path,
     weights,
 )
-from tests.commands import PREFIX_SERVICE
 from tests.conftest import Server, running_server
+from tests.forked import run_forked
 from tests.mounts import fill, read_only, small_disk
 
 pytestmark = pytest.mark.one_process("it harms a data folder; tests/chaos/fleet does as much to a fleet")
@@ -315,8 +315,7 @@ def test_a_read_only_mount(folder: Path) -> None:
 
 def start(folder: Path, *options: str) -> str:
     """Returns the output of a start that fails."""
-    command = [*PREFIX_SERVICE, "serve", "--port", "0", "--data-dir", str(folder), *options]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    ended = run_forked("serve", "--port", "0", "--data-dir", folder, *options)
     assert ended.returncode == 1
     assert "Traceback" not in ended.stderr
     return " ".join(ended.stderr.split())

@@ -16,7 +16,7 @@ import httpx
 from tests.chaos.faults import Fault, W
 from tests.chaos.service import Service, now, own_file_system
 from tests.chaos.truth import Adapter, Truth
-from tests.chaos.work import Seen, Work, key_values_of
+from tests.chaos.work import BETWEEN, Seen, Work, key_values_of
 
 _UNDISTURBED: Final = 2.0  # seconds of work before each fault
 _LONGEST: Final = 90.0  # seconds within which work must go on
@@ -228,14 +228,16 @@ class ServiceCampaign(Campaign[Work]):
 
 
 @contextmanager
-def campaign() -> Iterator[ServiceCampaign]:
-    """Yields a service in use with two workers, which ends with the block."""
+def campaign(between: float = BETWEEN) -> Iterator[ServiceCampaign]:
+    """Yields a service in use with two workers, which ends with the block. Each caller waits `between` seconds between
+    two requests.
+    """
     with tempfile.TemporaryDirectory(prefix="chaos-") as place, own_file_system(Path(place) / "disk") as refused:
         service, truth = Service(Path(place) / "disk" / "data", Path(place) / "serve.log"), Truth()
         try:
             service.start()
             service.wait_until_ready()
-            work = Work(service, truth)
+            work = Work(service, truth, between)
             with work.running():
                 yield ServiceCampaign(service, truth, work, refused)
         finally:

@@ -18,7 +18,7 @@ from prefix_service.prefix.buffers import bytes_of
 from tests.chaos.service import Service, code_of, now
 from tests.chaos.truth import SHAPE, Adapter, Truth, content
 
-_BETWEEN: Final = 0.03  # seconds between two requests of one caller
+BETWEEN: Final = 0.03  # seconds between two requests of one caller
 _AFTER_FAILURE: Final = 0.1
 _MOST_VERSIONS: Final = 6
 
@@ -57,7 +57,7 @@ class Target(Protocol):
 class Callers:
     """Callers in threads. `seen` has their observations; a campaign puts a new one there for each fault."""
 
-    def __init__(self, target: Target, truth: Truth, between: float = _BETWEEN) -> None:
+    def __init__(self, target: Target, truth: Truth, between: float = BETWEEN) -> None:
         self._target, self.truth, self._between = target, truth, between
         self.seen = Seen()
         self._stop = threading.Event()
@@ -249,8 +249,8 @@ class Callers:
 class Work(Callers):
     """The callers of one service: owners, readers, and a prober."""
 
-    def __init__(self, service: Service, truth: Truth) -> None:
-        super().__init__(service, truth)
+    def __init__(self, service: Service, truth: Truth, between: float = BETWEEN) -> None:
+        super().__init__(service, truth, between)
         self.service = service
 
     def loops(self) -> list[Callable[[], None]]:

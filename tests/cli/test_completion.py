@@ -1,33 +1,24 @@
 """Completion offers adapters' names as a shell asks for them, and nothing if the service does not answer."""
 
-import os
-import subprocess
-import sys
 import time
 
 import pytest
 
-from tests.commands import run_command
+from tests.commands import Finished, run_command
 from tests.conftest import CORPUS, Server
+from tests.forked import run_forked
 
 LLAMA = CORPUS / "cases" / "llama-n20-emb" / "adapter"
-_PROGRAM = "import sys; sys.argv = ['prefix-service']; from prefix_service.cli import main; main()"
 
 
-def completed(words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def completed(words: str, **environment: str) -> Finished:
     """Returns what bash is offered for the last of these words."""
     asked = {
         "COMP_WORDS": words,
         "COMP_CWORD": str(len(words.split(" ")) - 1),
         "_PREFIX_SERVICE_COMPLETE": "complete_bash",
     }
-    return subprocess.run(
-        [sys.executable, "-c", _PROGRAM],
-        check=False,
-        capture_output=True,
-        text=True,
-        env={**os.environ, **asked, **environment},
-    )
+    return run_forked(environment={**asked, **environment})
 
 
 @pytest.fixture(scope="module")

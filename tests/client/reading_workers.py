@@ -10,13 +10,14 @@ from safetensors.torch import save
 from torch.utils.data import Dataset
 
 from prefix_service.client import AsyncPrefixClient, PrefixClient
-from tests.client.conftest import LLAMA
 
 ADAPTERS: Final = 6
 
 
 def publish_numbered(client: PrefixClient, tenant: str) -> None:
     """Publishes adapters of which every key and value is the adapter's own number."""
+    from tests.client.conftest import LLAMA  # imports for many seconds, which torch's workers need not wait for
+
     config = (LLAMA / "adapter_config.json").read_bytes()
     for number in range(ADAPTERS):
         weights = save({"prompt_embeddings": torch.full((20, 3 * 2 * 2 * 8), float(number))})

@@ -144,7 +144,7 @@ def test_a_data_loader_reads_what_it_asks_for(method: str, numbered: Server) -> 
         reads = Reads(client, "forks")
 
         def go_on() -> None:
-            while not stop.is_set():
+            while not stop.wait(0.02):  # seconds: the workers need the processor, too
                 wrong.extend(read for read in Reads(client, "forks", ADAPTERS) if read[1] != [read[0]])
 
         reader = threading.Thread(target=go_on)

@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 from collections.abc import Iterator
 from hashlib import sha256
 from html.parser import HTMLParser
@@ -15,8 +14,8 @@ import pytest
 
 from prefix_service.api.http.paths import REFERENCE_FILES
 from prefix_service.api.http.public_pages import CONTENT_SECURITY_POLICY
-from tests.commands import PREFIX_SERVICE
 from tests.conftest import Server
+from tests.forked import run_forked
 
 COMMITTED = Path(__file__).parents[3] / "openapi" / "openapi.json"
 SWAGGER_UI = Path(__file__).parents[3] / "service" / "prefix_service" / "api" / "swagger_ui"
@@ -33,7 +32,8 @@ def document() -> dict[str, Any]:
 
 def test_the_committed_document_is_current() -> None:
     """`prefix-service openapi` prints the committed document; it is made again when routes change."""
-    printed = subprocess.run([*PREFIX_SERVICE, "openapi"], check=True, capture_output=True, text=True)
+    printed = run_forked("openapi")
+    assert printed.returncode == 0, printed.stderr
     assert printed.stdout == COMMITTED.read_text()
 
 

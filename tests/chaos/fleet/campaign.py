@@ -9,7 +9,7 @@ import httpx
 from tests.chaos.campaign import Campaign, Row
 from tests.chaos.faults import Fault
 from tests.chaos.fleet.fleet import Fleet, fleet
-from tests.chaos.fleet.work import FleetWork
+from tests.chaos.fleet.work import BETWEEN, FleetWork
 from tests.chaos.service import now
 from tests.chaos.truth import Truth
 from tests.chaos.work import Seen
@@ -54,11 +54,13 @@ def _longest_pause(sent: Sequence[float], began: float) -> float:
 
 
 @contextmanager
-def campaign(tenants: int = 4) -> Iterator[FleetCampaign]:
-    """Yields a fleet in use, which ends with the block. Each tenant has an owner who changes its adapters."""
+def campaign(tenants: int = 4, between: float = BETWEEN) -> Iterator[FleetCampaign]:
+    """Yields a fleet in use, which ends with the block. Each tenant has an owner who changes its adapters; each caller
+    waits for so many seconds between two requests.
+    """
     with fleet() as (running, refused):
         truth = Truth(tenants=tenants, adapters=2)
-        work = FleetWork(running, truth)
+        work = FleetWork(running, truth, between)
         work.prepare()
         with work.running():
             yield FleetCampaign(running, truth, work, refused)

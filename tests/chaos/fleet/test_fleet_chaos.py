@@ -8,6 +8,7 @@ from tests.chaos.fleet.campaign import campaign
 from tests.chaos.fleet.faults import FAULTS
 
 _SHORT: Final = 2.0  # seconds of each fault
+_BETWEEN: Final = 0.3  # seconds; everything that is acknowledged is compared after each fault, so less is compared
 _CHOSEN: Final = ("kill PostgreSQL", "kill S3 server", "kill replica", "PostgreSQL half-open")
 
 
@@ -15,7 +16,7 @@ def test_a_fleet_in_use_survives_faults() -> None:
     """A fleet survives a killed replica, a killed PostgreSQL, a killed S3 server, and connections that are cut
     half-open. Whatever was acknowledged is known to every replica afterwards, and every answer was right.
     """
-    with campaign(tenants=2) as running:
+    with campaign(tenants=2, between=_BETWEEN) as running:
         for name in _CHOSEN:
             fault = next(fault for fault in FAULTS if fault.name == name)
             row = Row(fault)

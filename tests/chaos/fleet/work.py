@@ -17,7 +17,7 @@ from tests.chaos.truth import SHAPE, Adapter, Truth, content
 from tests.chaos.work import Acknowledged, Callers, key_values_of
 from tests.processes import eventually
 
-_BETWEEN: Final = 0.1  # seconds between two requests of one caller
+BETWEEN: Final = 0.1  # seconds between two requests of one caller
 _KEYS: Final = 4
 """Keys that are valid at a time, and revoked ones that are tried."""
 _TENANT: Final = "kept"
@@ -40,8 +40,8 @@ class FleetWork(Callers):
     with keys that come and go, ask replicas directly.
     """
 
-    def __init__(self, fleet: Fleet, truth: Truth) -> None:
-        super().__init__(fleet, truth, _BETWEEN)
+    def __init__(self, fleet: Fleet, truth: Truth, between: float = BETWEEN) -> None:
+        super().__init__(fleet, truth, between)
         self.fleet = fleet
         self.keys = Keys()
         self._key_changes = threading.Lock()
@@ -90,7 +90,7 @@ class FleetWork(Callers):
     def _read_resident(self, connect: Callable[[], httpx.Client]) -> None:
         """Reads what every replica has in memory, from one of them or through the proxy."""
         with connect() as client:
-            while not self._stop.wait(_BETWEEN):
+            while not self._stop.wait(self._between):
                 started = now()
                 try:
                     answer = client.get(f"{_RESIDENT}@1/prefix?layout=stacked")
@@ -119,7 +119,7 @@ class FleetWork(Callers):
         """Makes keys, and revokes the oldest."""
         path = f"/v1/tenants/{_TENANT}/keys"
         with self.fleet.client() as client:
-            while not self._stop.wait(5 * _BETWEEN):
+            while not self._stop.wait(5 * self._between):
                 self._may_write.wait()
                 with self._key_changes:
                     if not self._may_write.is_set():  # `quiet` has begun in between
@@ -139,7 +139,7 @@ class FleetWork(Callers):
     def _use_keys(self) -> None:
         """Reads with valid and revoked keys at all replicas."""
         random = Random(1)  # noqa: S311 - any order will do
-        while not self._stop.wait(_BETWEEN):
+        while not self._stop.wait(self._between):
             keys = [*self.keys.valid.values(), *(text for text, _ in self.keys.revoked.values())]
             replica = random.choice(self.fleet.replicas)
             if keys:
