@@ -106,6 +106,8 @@ def test_room_is_checked_before_the_model_is_loaded(
         ("compile --model {model} a b {folder}/out", 2, "name one ADAPTER_FOLDER"),
         ("compile --model {folder}/none --tokens {folder}/ids {folder}/out", 1, "none cannot be loaded: "),
         ("compile --model {model} --tokens {folder}/words {folder}/out", 1, "must have token ids"),
+        ("compile --model {model} --tokens {folder}/deep {folder}/out", 1, "must have token ids"),
+        ("compile --model {model} --tokens {folder}/ids {folder}/out --task 1", 2, "--task 1 belongs to an ADAPTER_"),
         ("compile --model {model} --text {folder}/binary {folder}/out", 1, "is not UTF-8: look at byte 0"),
         ("compile --model {model} --text {folder}/words {folder}/out --as plain", 1, "words: the end of the text"),
         ("compile --model {model} --text {folder}/empty {folder}/out", 1, "there are no files in "),
@@ -123,6 +125,7 @@ def test_what_cannot_be_compiled_is_said(
     """Each error is one line that says what was wrong, and nothing is written."""
     (tmp_path / "ids").write_text("1 5 6")
     (tmp_path / "words").write_text("Hello.")
+    (tmp_path / "deep").write_text("[" * 100_000)
     (tmp_path / "binary").write_bytes(b"\xff")
     (tmp_path / "empty").mkdir()
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "CARTRIDGE", "num_virtual_tokens": 1}')

@@ -85,9 +85,10 @@ def test_publish_cuts_a_full_training_checkpoint(run: Run) -> None:
     assert "cut out the prefix: 5 of 47 tensors (PEFT training state)" in done.stderr
 
 
-def test_publish_refuses_a_pickle_and_names_the_converter(run: Run) -> None:
-    """`publish` never sends adapter_model.bin, and names `convert`."""
-    refused = run("publish", CORPUS / "variants/legacy_bin-gpt2-n20-emb", "cli/pickle")
+@pytest.mark.parametrize("name", ["legacy_bin-gpt2-n20-emb", "hazy_cartridge-f1", "hazy_cartridge-f1/cache-step4.pt"])
+def test_publish_refuses_a_pickle_and_names_the_converter(run: Run, name: str) -> None:
+    """`publish` never sends adapter_model.bin or a cartridge's .pt, which has no config, and names `convert`."""
+    refused = run("publish", CORPUS / "variants" / name, "cli/pickle")
     assert refused.returncode == 1
     assert "unsafe-checkpoint" in refused.stderr
     assert "prefix-service convert" in refused.stderr

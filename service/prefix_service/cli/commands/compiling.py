@@ -118,6 +118,8 @@ def compile_(
     *adapters, folder = words
     if len(adapters) + (text is not None) + (tokens is not None) != 1:
         raise typer.BadParameter("name one ADAPTER_FOLDER, --text FILE or --tokens FILE, and one OUT_FOLDER")
+    if task is not None and not adapters:
+        raise typer.BadParameter(f"--task {task} belongs to an ADAPTER_FOLDER: leave it out")
     with quiet_transformers():
         config = loaded(model, lambda: auto_class("AutoConfig").from_pretrained(model))
         check_compiles(config)
@@ -189,7 +191,7 @@ def _parsed_tokens(path: Path) -> list[Any]:
         if not content.lstrip().startswith("["):
             return [int(word) for word in content.split()]
         found = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidRequest(
             f"{path} must have token ids, as a JSON list or as numbers between blanks: {error}"
         ) from error

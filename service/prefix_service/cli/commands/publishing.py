@@ -134,10 +134,11 @@ def _publish_source(
     client: "PrefixClient", source: Path, adapter: str, config: Path | None, extras: Extras
 ) -> tuple[Mapping[str, Any], bool]:
     """Publish one adapter with a bar for its bytes. Returns the version, and whether it is new."""
-    from prefix_service.checkpoints.sources import prepare_upload
+    from prefix_service.checkpoints.sources import prepare_upload, weight_files
 
     beside = (source if source.is_dir() else source.parent) / CONFIG_NAME
     if config is None and not beside.is_file():
+        weight_files(source)  # `convert` makes a config for a pickle, and its error says so
         raise InvalidConfig(f"there is no {beside}: name the adapter's config with --config")
     upload = prepare_upload(source, config)
     if upload.cut_from is not None:
