@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import socket
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ import pytest
 import uvicorn
 
 from prefix_service.api.server.connections import Deadlines
+from prefix_service.api.server.input_turns import InputTurns
 from prefix_service.api.server.protocols import protocol_class
 from prefix_service.catalog.records import Principal
 from tests.api.framing.conftest import PARSERS
@@ -22,6 +23,7 @@ from tests.api.framing.conftest import PARSERS
 COUNT = 6000
 QUEUED = 200
 """The most requests that may be queued: those of 4 KiB."""
+SECOND = b"GET /2 HTTP/1.1\r\nHost: a\r\n\r\n"
 CHUNKS = 40_000
 CHUNKS_IN_A_TURN = CHUNKS // 4
 """The most chunks of a turn: those of 4 KiB, and of the piece before, which had fewer than 500 events."""
@@ -34,10 +36,13 @@ class Gate:
 
     def __init__(self) -> None:
         self.allowed = asyncio.Semaphore(0)
+        self.waiting = 0
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         """Answers once it is allowed to."""
+        self.waiting += 1
         await self.allowed.acquire()
+        self.waiting -= 1
         body = scope["path"].encode() + b"\n"
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
         await send({"type": "http.response.body", "body": body})
@@ -157,6 +162,59 @@ async def test_each_pipelined_request_waits_for_a_turn(parser: Parser) -> None:
     assert max(begun) <= 12
 
 
+class Held(InputTurns):
+    """Turns that come when a test lets them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting: list[Callable[[], None]] = []
+
+    def take(self, caller: str, parse: Callable[[], None]) -> bool:
+        """Lets every connection wait."""
+        self.wait(caller, parse)
+        return False
+
+    def wait(self, _caller: str, parse: Callable[[], None]) -> None:
+        """Keeps what a connection does in its turn."""
+        self.waiting.append(parse)
+
+    def let(self) -> None:
+        """Lets those that wait take their turns, and those that wait thereafter."""
+        while self.waiting:
+            self.waiting.pop(0)()
+
+
+@pytest.mark.parametrize(
+    ("pipelined", "later", "answer"),
+    [(SECOND, b"", b"/2\n"), (b"", SECOND, b"/2\n"), (b"", SECOND[:-9], b"")],
+    ids=["pipelined", "later", "a part of a head"],
+)
+async def test_a_request_that_waits_for_its_turn_at_the_end_is_answered(
+    parser: Parser, pipelined: bytes, later: bytes, answer: bytes
+) -> None:
+    """A service that ends answers what it had received before it closes the connection, and waits for no rest of a
+    head.
+    """
+    gate, turns = Gate(), Held()
+    async with serving(gate, parser) as (server, port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET /1 HTTP/1.1\r\nHost: a\r\n\r\n" + pipelined)
+        await _until(lambda: gate.waiting == 1)
+        (connection,) = _connections(server)
+        connection._turns = turns
+        gate.allow(2)
+        await reader.readuntil(b"/1\n")
+        writer.write(later)
+        await _until(lambda: turns.waiting)
+        connection.shutdown()
+        assert connection.is_answering
+        turns.let()
+        async with asyncio.timeout(30):
+            rest = await reader.read()
+        assert rest.partition(b"\r\n\r\n")[2] == answer
+        writer.close()
+
+
 async def test_tiny_chunks_leave_the_loop_to_others(parser: Parser) -> None:
     """A body of 40,000 chunks of a byte is parsed a few chunks in each turn of the event loop, and none is lost."""
     gate, seen = Gate(), [0]
@@ -172,6 +230,12 @@ async def test_tiny_chunks_leave_the_loop_to_others(parser: Parser) -> None:
         gate.allow(1)
         assert (await reader.readuntil(b"/x\n")).startswith(b"HTTP/1.1 200 OK\r\n")
         writer.close()
+
+
+async def _until(holds: Callable[[], object]) -> None:
+    async with asyncio.timeout(30):
+        while not holds():  # noqa: ASYNC110  # a connection has no event
+            await asyncio.sleep(0.01)
 
 
 def _connections(server: uvicorn.Server) -> list[Any]:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 import httpx
@@ -117,6 +117,33 @@ def test_the_end_does_not_wait_for_idle_connections(tmp_path: Path) -> None:
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(timeout=90) == 0
         assert "timeout graceful shutdown exceeded" not in server.log.read_text()
+
+
+@pytest.mark.parametrize("parser", ["httptools", "h11"])
+def test_the_end_does_not_cut_off_who_waits_for_a_turn(tmp_path: Path, parser: str) -> None:
+    """SIGTERM while pipelined requests of a hundred connections wait for their turns: a connection ends behind a whole
+    answer, and the service with status 0."""
+    with running_server(tmp_path / "data", environment={"PREFIX_HTTP_PARSER": parser}) as server, ExitStack() as stack:
+        asked = head("GET", "/v1/whoami", Authorization=f"Bearer {server.admin_key}") * 30
+        peers = [stack.enter_context(connected(server, asked)) for _ in range(100)]
+        assert read_answer(peers[0]).status == 200
+        server.process.send_signal(signal.SIGTERM)
+        for peer in peers[1:]:
+            with peer.makefile("rb") as answers:
+                assert_whole(answers)
+        assert server.process.wait(timeout=20) == 0
+        log = server.log.read_text()
+        assert "timeout graceful shutdown exceeded" not in log
+        assert "Traceback" not in log
+
+
+def assert_whole(answers: BinaryIO) -> None:
+    """Reads answers to the end of a connection, which is not within one of them."""
+    while line := answers.readline():
+        assert line == b"HTTP/1.1 200 OK\r\n"
+        fields = dict(field.lower().split(b": ", 1) for field in iter(answers.readline, b"\r\n"))
+        length = int(fields[b"content-length"])
+        assert len(answers.read(length)) == length
 
 
 def with_files(limit: str) -> list[str]:

@@ -98,6 +98,7 @@ class Guarded(asyncio.Protocol):
         self._is_waiting = False  # for a turn to be parsed
         self._postponed: PrefixServiceError | None = None
         self._next_waits = False  # for a turn: the parser's next request
+        self._is_ending = False  # once what waits for a turn is answered
         super().__init__(**uvicorn)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -209,6 +210,7 @@ class Guarded(asyncio.Protocol):
                 self._parse(data)
         self._lingering.hold(bool(self._unparsed))
         self._note_whether_idle()
+        self._end_if_asked()
 
     def _parse(self, data: bytes | memoryview) -> None:
         raise NotImplementedError
@@ -250,6 +252,7 @@ class Guarded(asyncio.Protocol):
         elif self._unparsed:
             self._parse_in_turn()
         self._note_whether_idle()
+        self._end_if_asked()
 
     def _has_next(self) -> bool:
         """Returns whether the parser has more than the requests that are answered."""
@@ -257,22 +260,34 @@ class Guarded(asyncio.Protocol):
 
     @property
     def is_answering(self) -> bool:
-        """Whether somebody waits for an answer, or for the rest of one. A reader that has no key and does not keep up
-        does not count.
+        """Whether a caller waits for an answer, for the rest of one, or for its turn. A reader that has no key and does
+        not keep up does not count.
         """
         if self.transport.get_write_buffer_size():
             return self._principal is not None
+        return self._is_waiting or self._is_in_progress or self._next_waits
+
+    @property
+    def _is_in_progress(self) -> bool:
+        """Whether the newest request that was parsed is not answered yet."""
         return self.cycle is not None and not self.cycle.response_complete
 
     def shutdown(self) -> None:
-        """Closes the connection after the answers in progress.
+        """Closes the connection after the answers in progress, or after that of a request that waits for its turn.
 
         Resets it if its reader has no key and does not keep up.
         """
         if self.transport.get_write_buffer_size() and self._principal is None:
             self.transport.abort()
+        elif (self._is_waiting or self._next_waits) and not self._is_in_progress:
+            self._is_ending = True
         else:
             super().shutdown()  # type: ignore[misc]
+
+    def _end_if_asked(self) -> None:
+        """Closes the connection after the request whose turn it was; immediately if that was no complete request."""
+        if self._is_ending and not self.transport.is_closing():
+            self.shutdown()
 
     def _look(self) -> None:
         if self._is_read_too_slowly():
