@@ -29,6 +29,7 @@ class LingeringTransport(GatheringTransport):
     ) -> None:
         super().__init__(transport, loop)
         self._has_input = has_input
+        self._end: asyncio.TimerHandle | None = None
         self._is_lingering = self._is_paused = self._is_held = self._is_still = False
 
     def pause_reading(self) -> None:
@@ -76,4 +77,10 @@ class LingeringTransport(GatheringTransport):
         self._is_lingering = True
         self.write_eof()
         self._apply()
-        self._loop.call_later(_LINGER, self.close)
+        self._end = self._loop.call_later(_LINGER, self.close)
+
+    def forget(self) -> None:
+        """Drops what refers to the owner of the transport, once the connection is lost."""
+        self._has_input = lambda: False
+        if self._end is not None:
+            self._end.cancel()

@@ -6,7 +6,7 @@ passed to the app costs one scan of its header names.
 
 import asyncio
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -60,6 +60,12 @@ class HttpToolsConnection(Guarded, HttpToolsProtocol):
         self._body_left = 0  # bytes, of a body with a length
         self._is_last = False  # the newest request is complete, and the connection ends after its answer
         super().__init__(deadlines, peers, turns, remembered, **uvicorn)
+        self.app = partial(_without_chunks_or_continued, self.app)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Drops the queued requests, too, which refer back to this connection and are never begun."""
+        super().connection_lost(exc)
+        self.pipeline.clear()
 
     def _parse(self, data: bytes | memoryview) -> None:
         """Parses a piece. uvicorn's method loses the position at which a request with `Upgrade` ends in `data`."""
@@ -123,10 +129,6 @@ class HttpToolsConnection(Guarded, HttpToolsProtocol):
             self.expect_100_continue = False  # RFC 9110, section 10.1.1
         super().on_headers_complete()
         self.headers = []  # for trailers; the request keeps the old list
-        if version == "1.0":
-            self.cycle.send = partial(_send_without_chunks, self.cycle)
-        elif self.expect_100_continue:
-            self.cycle.send = partial(_send_once_continued, self.cycle, self.cycle.send)
 
     def on_body(self, body: bytes) -> None:
         """Passes on a piece of a body."""
@@ -178,6 +180,7 @@ class H11Connection(Guarded, H11Protocol):
     ) -> None:
         super().__init__(deadlines, peers, turns, remembered, **uvicorn)
         self.conn = StrictH11()
+        self.app = partial(_continued, self.app)
 
     def _parse(self, data: bytes | memoryview) -> None:
         self._unset_keepalive_if_required()
@@ -200,13 +203,6 @@ class H11Connection(Guarded, H11Protocol):
         """Whether input is dropped; h11 would refuse data behind a request that asked for the end of the connection."""
         return self.conn.their_state in (h11.MUST_CLOSE, h11.CLOSED) or super()._ignores_input
 
-    def handle_events(self) -> None:
-        """Begins to answer a request; the answer is not sent before this returns."""
-        newest = self.cycle
-        super().handle_events()
-        if self.cycle is not newest and self.cycle.waiting_for_100_continue:
-            self.cycle.send = partial(_send_once_continued, self.cycle, self.cycle.send)
-
     def _has_next(self) -> bool:
         return bool(self.conn.trailing_data[0])
 
@@ -221,7 +217,25 @@ class H11Connection(Guarded, H11Protocol):
         return self.conn.is_in_body
 
 
-async def _send_once_continued(cycle: Any, send: Callable[[Message], Awaitable[None]], message: Message) -> None:
+def _without_chunks_or_continued(app: Any, scope: Any, receive: Any, send: Any) -> Awaitable[None]:
+    """Calls the app with httptools' corrections of `send`, uvicorn's bound method of the request.
+
+    A correction that the request itself kept would be a cycle, which only a collection of garbage frees.
+    """
+    if scope["http_version"] == "1.0":
+        send = partial(_send_without_chunks, send.__self__)
+        return cast("Awaitable[None]", app(scope, receive, send))
+    return _continued(app, scope, receive, send)
+
+
+def _continued(app: Any, scope: Any, receive: Any, send: Any) -> Awaitable[None]:
+    """Calls the app with `_send_once_continued` for a request that waits for `100 Continue`."""
+    if send.__self__.waiting_for_100_continue:
+        send = partial(_send_once_continued, send.__self__)
+    return cast("Awaitable[None]", app(scope, receive, send))
+
+
+async def _send_once_continued(cycle: Any, message: Message) -> None:
     """Closes the connection after an answer that is sent before `100 Continue` and before the body.
 
     The client may then send the body or omit it (RFC 9110, section 10.1.1), so the service cannot know where the next
@@ -230,7 +244,7 @@ async def _send_once_continued(cycle: Any, send: Callable[[Message], Awaitable[N
     is_body_optional = cycle.waiting_for_100_continue and cycle.more_body and not cycle.body
     if message["type"] == "http.response.start" and is_body_optional:
         message = {**message, "headers": [*message.get("headers", ()), (b"connection", b"close")]}
-    await send(message)
+    await cycle.send(message)
 
 
 async def _send_without_chunks(cycle: Any, message: Message) -> None:
@@ -242,7 +256,7 @@ async def _send_without_chunks(cycle: Any, message: Message) -> None:
         cycle.chunked_encoding = False
     else:
         cycle.expected_content_length = len(message.get("body", b""))
-    await type(cycle).send(cycle, message)
+    await cycle.send(message)
 
 
 def _reason(found: BaseException | None) -> PrefixServiceError:
