@@ -4,6 +4,7 @@ Parts that are not named keep what they found before. `--quick` is a smoke test 
 """
 
 import argparse
+import importlib.util
 import time
 from collections.abc import Callable
 from typing import Final
@@ -63,6 +64,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if unknown := set(arguments.parts) - set(PARTS):
         parser.error(f"there is no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    if not arguments.quick and importlib.util.find_spec("matplotlib") is None:
+        parser.error("matplotlib, which draws the page, is not installed: pip install -e '.[bench]', or add --quick")
     for part in arguments.parts or PARTS:
         found = run([part], quick=arguments.quick)
         if not arguments.quick:
