@@ -83,12 +83,10 @@ def shrink(_keyring: Keyring, database: Database, by: Principal) -> None:
 
 @pytest.mark.parametrize("end", [revoke, expire, shrink])
 @pytest.mark.parametrize("owner", ["acme", None])
-@pytest.mark.parametrize("name", CHANGES)
 def test_a_key_that_ended_changes_nothing(
     changes: dict[str, Change],
     keyring: Keyring,
     database: Database,
-    name: str,
     owner: str | None,
     end: Callable[[Keyring, Database, Principal], None],
 ) -> None:
@@ -97,15 +95,15 @@ def test_a_key_that_ended_changes_nothing(
     by = keyring.verify(keyring.create(owner, "admin", "", BY)[1])
     end(keyring, database, by)
     before = everything(database)
-    with pytest.raises(Unauthenticated, match="while the request was under way"):
-        changes[name](by)
-    assert everything(database) == before
+    for name, change in changes.items():
+        with pytest.raises(Unauthenticated, match="while the request was under way"):
+            change(by)
+        assert everything(database) == before, name
 
 
 @pytest.mark.parametrize("owner", ["acme", None])
-@pytest.mark.parametrize("name", CHANGES)
 def test_a_session_that_was_ended_changes_nothing(
-    changes: dict[str, Change], keyring: Keyring, database: Database, name: str, owner: str | None
+    changes: dict[str, Change], keyring: Keyring, database: Database, owner: str | None
 ) -> None:
     """A change by a session that was ended since its request began is refused, although its key is valid."""
     sessions = Sessions(database)
@@ -115,15 +113,15 @@ def test_a_session_that_was_ended_changes_nothing(
     prove(database, found.principal)
     sessions.end(session_id)
     before = everything(database)
-    with pytest.raises(Unauthenticated, match="the session was ended while the request was under way: sign in again"):
-        changes[name](found.principal)
-    assert everything(database) == before
+    for name, change in changes.items():
+        with pytest.raises(Unauthenticated, match="the session was ended while the request was under way: sign in"):
+            change(found.principal)
+        assert everything(database) == before, name
 
 
 @pytest.mark.parametrize("is_made_again", [False, True])
-@pytest.mark.parametrize("name", [name for name in CHANGES if name != "create platform"])
 def test_a_tenant_is_the_one_that_the_request_named(
-    changes: dict[str, Change], keyring: Keyring, tenants: Tenants, database: Database, name: str, is_made_again: bool
+    changes: dict[str, Change], keyring: Keyring, tenants: Tenants, database: Database, is_made_again: bool
 ) -> None:
     """A change is refused if its tenant was deleted since its request began, also if a namesake was made, and with the
     deleted tenant's own keys."""
@@ -134,13 +132,15 @@ def test_a_tenant_is_the_one_that_the_request_named(
     if is_made_again:
         tenants.put("acme", BY)
     before = everything(database)
-    with pytest.raises(NotFound, match="the tenant was deleted while the request was under way"):
-        changes[name](platform)
-    with pytest.raises(Unauthenticated):
-        changes[name](own)
-    with pytest.raises(NotFound):
-        changes[name](replace(DEV, acts_on=acme))
-    assert everything(database) == before
+    del changes["create platform"]  # concerns no tenant
+    for name, change in changes.items():
+        with pytest.raises(NotFound, match="the tenant was deleted while the request was under way"):
+            change(platform)
+        with pytest.raises(Unauthenticated):
+            change(own)
+        with pytest.raises(NotFound):
+            change(replace(DEV, acts_on=acme))
+        assert everything(database) == before, name
 
 
 @pytest.mark.parametrize("name", CHANGES)
