@@ -30,8 +30,9 @@ Progress = Callable[[int, int], None]
 
 _CHUNK: Final = 512  # tokens of one call of the model
 _STORED: Final = (torch.float32, torch.float16, torch.bfloat16)
-_SAME: Final = 0.05
-"""The most by which keys differ that another shape of batch rounds differently, in half precision too."""
+_SAME: Final[Mapping[torch.dtype, float]] = {torch.float32: 1e-3}
+_SAME_IN_HALF: Final = 0.05
+"""The most by which keys differ, relative to their norm, if another shape of batch rounds them differently."""
 _MOST_NAME: Final = 1000  # characters of a name in the recipe
 
 
@@ -118,7 +119,7 @@ def compile_prefix(
     if text is not None:
         token_ids = text_tokens(tokenizer, text, role)
         recipe = {"from": "text", "role": role, **_of_tokenizer(tokenizer, role)}
-    return _of_tokens(model, list(token_ids or ()), recipe, progress)
+    return _of_tokens(model, list(() if token_ids is None else token_ids), recipe, progress)
 
 
 def check_compiles(config: PreTrainedConfig) -> None:
@@ -166,27 +167,32 @@ def _check_model(model: Model) -> None:
         raise InvalidRequest("the model is in training, where dropout changes keys and values: call model.eval()")
     if not model.can_generate():
         raise InvalidRequest(f"{type(model).__name__} is no language model: load it with AutoModelForCausalLM")
-    if getattr(decoder_of(model).config, "is_decoder", True) is False:  # BERT as an encoder; but GPT-NeoX has it too
-        _check_causal(model)
+    _check_causal(model)
 
 
 def _check_causal(model: Model) -> None:
-    """Checks that a second token does not change the keys of the first.
+    """Checks that a second token does not change the keys of the first: a config can say it in several ways
+    (`is_decoder`, `is_causal`, `use_bidirectional_attention`), and code of its own in none.
 
     Raises:
         InvalidRequest: it does.
     """
     ids = torch.arange(2, device=model.get_input_embeddings().weight.device)[None]
-    caches = [_read(model, _Input("input_ids", ids[:, :tokens]), None) for tokens in (1, 2)]
-    if all(cache.layers for cache in caches):
-        layers: list[Any] = [cache.layers[-1] for cache in caches]
-        alone, together = (layer.keys[:, :, :1].float() for layer in layers)
-        if (together - alone).norm() < _SAME * alone.norm():
-            return
-    raise InvalidRequest(
-        f"attention of {type(model).__name__} is not causal (is_decoder is false in its config): what follows a text "
-        "changes its keys and values, so it cannot be compiled"
-    )
+    alone, together = (_last_keys(_read(model, _Input("input_ids", ids[:, :tokens]), None)) for tokens in (1, 2))
+    if alone is None or together is None:
+        raise InvalidRequest("the model kept no keys and values")
+    difference = (together[:, :, :1].float() - alone.float()).norm()
+    if difference > _SAME.get(alone.dtype, _SAME_IN_HALF) * alone.float().norm():
+        raise InvalidRequest(
+            f"attention of {type(model).__name__} is not causal: what follows a text changes its keys and values, so "
+            "it cannot be compiled"
+        )
+
+
+def _last_keys(cache: DynamicCache) -> Tensor | None:
+    """Returns the keys of the last layer that keeps some, `[1, H, N, D]`."""
+    found: list[Any] = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    return found[-1].keys if found else None
 
 
 def _of_soft_prompt(model: Model, prompt: SoftPrompt, progress: Progress | None) -> CompiledPrefix:
@@ -295,12 +301,11 @@ def _flat(cache: DynamicCache, shape: tuple[int, int, int, int]) -> Tensor:
     that shares another's keys has zeros alone.
 
     Raises:
-        InvalidRequest: a layer keeps other tokens or shapes than a prefix has, or a dtype that is not stored.
+        InvalidRequest: a layer keeps other tokens or shapes than a prefix has, a dtype that is not stored, or NaN or
+            infinite numbers.
     """
     tokens, layers, heads, size = shape
     filled: dict[int, Any] = {n: kept for n, kept in enumerate(cache.layers) if getattr(kept, "keys", None) is not None}
-    if not filled:
-        raise InvalidRequest("the model kept no keys and values")
     dtype = next(iter(filled.values())).keys.dtype
     if dtype not in _STORED:
         raise InvalidRequest(f"the model keeps keys of {dtype}: load it in float32, float16 or bfloat16")
@@ -313,4 +318,9 @@ def _flat(cache: DynamicCache, shape: tuple[int, int, int, int]) -> Tensor:
                 )
             # (1, H, N, D) -> (N, H, D)
             flat[:, layer, part, : tensor.shape[1], : tensor.shape[3]] = tensor[0].transpose(0, 1)
+    if not all(bool(extreme.isfinite()) for extreme in flat.aminmax()):
+        raise InvalidRequest(
+            f"the model computes keys or values that are NaN or infinite in {str(dtype).removeprefix('torch.')}: look "
+            "at the adapter's weights, or load the model in float32"
+        )
     return flat.view(tokens, -1)
