@@ -1,5 +1,6 @@
 """A compiled prefix does what PEFT's virtual tokens, or the same tokens in front of the input, do."""
 
+import copy
 import json
 import shutil
 import sys
@@ -13,6 +14,7 @@ import peft
 import pytest
 import torch
 import transformers
+from accelerate import cpu_offload
 from safetensors.torch import load_file, save_file
 
 from prefix_service.client import Prefix, PrefixClient
@@ -251,6 +253,14 @@ def require_logits_of_text(model: Any, heads: int) -> None:
         found = model(ROWS[0], past_key_values=cache, position_ids=positions).logits
         expected = model(torch.cat([TEXT, ROWS[0]], 1)).logits[:, 12:]
     torch.testing.assert_close(found, expected, rtol=0, atol=5e-5)
+
+
+def test_a_model_with_offloaded_embeddings_reads_tokens() -> None:
+    """Their weights are on the device `meta` until they are looked up, and tokens there would have no numbers."""
+    ids, model = TEXT[0].tolist(), copy.deepcopy(base("llama"))
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model.get_input_embeddings().weight.is_meta
+    assert torch.equal(compile_prefix(model, token_ids=ids).flat, compile_prefix(base("llama"), token_ids=ids).flat)
 
 
 # --- Refusals ---

@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedConfig
 
 from prefix_service.checkpoints.folders import write_folder
 from prefix_service.client.transformers.caches import check_takes_prefix, provisioned, to_cache
-from prefix_service.client.transformers.devices import decoder_of, unwrapped
+from prefix_service.client.transformers.devices import decoder_of, input_device, unwrapped
 from prefix_service.client.transformers.fingerprints import fingerprint_of
 from prefix_service.client.transformers.padding import Model, rope_changes_behind
 from prefix_service.client.transformers.texts import Role, Tokenizer, template_of, text_tokens
@@ -177,7 +177,7 @@ def _check_causal(model: Model) -> None:
     Raises:
         InvalidRequest: it does.
     """
-    ids = torch.arange(2, device=model.get_input_embeddings().weight.device)[None]
+    ids = torch.arange(2, device=input_device(model))[None]
     alone, together = (_last_keys(_read(model, _Input("input_ids", ids[:, :tokens]), None)) for tokens in (1, 2))
     if alone is None or together is None:
         raise InvalidRequest("the model kept no keys and values")
@@ -214,7 +214,7 @@ def _of_tokens(model: Model, ids: list[int], recipe: dict[str, str], progress: P
     for place, token in enumerate(ids):
         if type(token) is not int or not 0 <= token < words.shape[0]:
             raise InvalidRequest(f"token {place} is {token!r:.80}, and the model's are 0 to {words.shape[0] - 1}")
-    given = _Input("input_ids", torch.tensor([ids], device=words.device))
+    given = _Input("input_ids", torch.tensor([ids], device=input_device(model)))
     recipe["tokens-sha256"] = hashlib.sha256(json.dumps(ids).encode()).hexdigest()
     return _compiled(model, given, recipe, ids, None, progress)
 

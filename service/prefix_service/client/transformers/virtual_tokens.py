@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from prefix_service.checkpoints.sources import TensorFiles, readable
+from prefix_service.client.transformers.devices import input_device
 from prefix_service.errors import DimensionMismatch, InvalidCheckpoint, InvalidConfig, InvalidRequest
 from prefix_service.prefix.file_names import CONFIG_NAME, WEIGHTS_NAME
 from prefix_service.prefix.json_text import MAX_BASE_CONFIG_BYTES, parse_config_json, shown
@@ -81,7 +82,7 @@ def embeddings(model: Any, prompt: SoftPrompt) -> Tensor:
         InvalidRequest: PEFT is not installed.
         InvalidCheckpoint: PEFT cannot load the adapter.
     """
-    words = model.get_input_embeddings()
+    words, device = model.get_input_embeddings(), input_device(model)
     width = words.weight.shape[1]
     if prompt.width != width:
         raise DimensionMismatch(
@@ -101,7 +102,7 @@ def embeddings(model: Any, prompt: SoftPrompt) -> Tensor:
             # PEFT reads a property that transformers deprecates, which the caller cannot change.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             wrapped: Any = PeftModel.from_pretrained(model, str(prompt.folder), config=config)
-        tasks = {} if prompt.task is None else {"task_ids": torch.tensor([prompt.task], device=words.weight.device)}
+        tasks = {} if prompt.task is None else {"task_ids": torch.tensor([prompt.task], device=device)}
         with torch.no_grad():
             found: Tensor = wrapped.get_prompt(1, **tasks)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
@@ -109,7 +110,7 @@ def embeddings(model: Any, prompt: SoftPrompt) -> Tensor:
     finally:
         for parameter in trainable:  # PEFT freezes them
             parameter.requires_grad_(True)
-    return found.to(words.weight.device, words.weight.dtype)
+    return found.to(device, words.weight.dtype)
 
 
 def _config(path: Path) -> dict[str, Any]:
