@@ -257,7 +257,8 @@ def require_logits_of_text(model: Any, heads: int) -> None:
 
 def test_a_model_with_offloaded_embeddings_reads_tokens() -> None:
     """Their weights are on the device `meta` until they are looked up, and tokens there would have no numbers."""
-    ids, model = TEXT[0].tolist(), copy.deepcopy(base("llama"))
+    ids = TEXT[0].tolist()
+    model: Any = copy.deepcopy(base("llama"))
     cpu_offload(model, execution_device=torch.device("cpu"))
     assert model.get_input_embeddings().weight.is_meta
     assert torch.equal(compile_prefix(model, token_ids=ids).flat, compile_prefix(base("llama"), token_ids=ids).flat)

@@ -192,7 +192,8 @@ def _check_causal(model: Model) -> None:
 def _last_keys(cache: DynamicCache) -> Tensor | None:
     """Returns the keys of the last layer that keeps some, `[1, H, N, D]`."""
     found: list[Any] = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
-    return found[-1].keys if found else None
+    keys: Tensor | None = found[-1].keys if found else None
+    return keys
 
 
 def _of_soft_prompt(model: Model, prompt: SoftPrompt, progress: Progress | None) -> CompiledPrefix:

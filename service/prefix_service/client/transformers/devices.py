@@ -59,7 +59,7 @@ def decoder_of(model: Any) -> Any:
     return found if isinstance(found, PreTrainedModel) else model.base_model
 
 
-def input_device(model: PreTrainedModel) -> torch.device:
+def input_device(model: Any) -> torch.device:
     """Returns the device on which a model's embeddings are looked up, also if they are offloaded."""
     return next(_devices(model.get_input_embeddings()))
 
