@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load, load_file, save, save_file
 from torch import nn
 
+from prefix_service.checkpoints.base_models import read_fingerprint
 from prefix_service.checkpoints.convert import convert, write
 from prefix_service.checkpoints.sources import prepare_upload
 from prefix_service.client import PrefixClient
@@ -166,6 +167,7 @@ def test_what_cannot_be_converted_is_told(tmp_path: Path) -> None:
 
 
 LAYERS, HEADS, SIZE = 3, 2, 8
+KV = ("keys", "values")
 
 
 def cartridge(kind: str, frozen: int = 1, trainable: int = 5) -> dict[str, Any]:
@@ -232,6 +234,12 @@ def test_a_list_of_an_unknown_name_is_named(run: Run, tmp_path: Path) -> None:
         ({"trainable_values": [torch.zeros(1, 2, 5, 8, dtype=torch.float64)] * 3}, "has dtype float64"),
         ({"trainable_values": [torch.full((1, 2, 5, 8), float("nan"))] * 3}, "NaN"),
         ({"trainable_keys": torch.zeros(3)}, "trainable_keys"),
+        ({"trainable_keys": []}, "the cartridge has no trainable_keys"),
+        (
+            {f"{name}_{part}": [torch.zeros(1, 2, 0, 8)] for name in ("frozen", "trainable") for part in KV},
+            "have no tokens",
+        ),
+        ({"trainable_keys.02": torch.zeros(1, 2, 5, 8)}, "has layer 2 of trainable_keys twice"),
     ],
 )
 def test_a_cartridge_that_does_not_fit_together(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -250,6 +258,16 @@ def test_a_config_that_contradicts_a_cartridge(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_frozen_tokens": 2}))
     with pytest.raises(InvalidConfig, match="contradicts the tensors in num_frozen_tokens"):
         convert(tmp_path / "cache.pt", config=tmp_path / "config.json")
+
+
+def test_a_base_models_config_may_be_as_long_as_the_service_takes_it(tmp_path: Path) -> None:
+    """The names of a classifier's labels take more than the 64 KiB of an adapter's config."""
+    base = json.loads((CORPUS / "bases/gpt2/config.json").read_text())
+    names = {str(label): f"label {label} of many" for label in range(4000)}
+    (tmp_path / "config.json").write_text(json.dumps({**base, "id2label": names}))
+    torch.save({"prompt_encoder.default.embedding.weight": torch.ones(20, 192)}, tmp_path / "m.pt")
+    assert convert(tmp_path / "m.pt", base_config=tmp_path / "config.json").config["num_layers"] == base["n_layer"]
+    assert read_fingerprint(tmp_path).architecture == "gpt2"
 
 
 def test_what_is_left_out_is_told(run: Run, tmp_path: Path) -> None:

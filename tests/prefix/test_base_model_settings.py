@@ -35,6 +35,7 @@ _DEFAULT = {"rope_type": "default", "rope_theta": 5e5}
             {"full_attention": _DEFAULT, "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"}},
         ),
         ({"rope_scaling": None}, None),
+        ({"rope_parameters": {"all": {"rope_type": []}}}, {"all": {"rope_type": []}}),  # whatever a file says
     ],
 )
 def test_rotary_settings_have_one_form(config: dict[str, Any], rope: dict[str, Any] | None) -> None:

@@ -10,7 +10,7 @@ from prefix_service.checkpoints.sources import readable
 from prefix_service.errors import InvalidCheckpoint, InvalidConfig
 from prefix_service.prefix.base_model_settings import settings_of
 from prefix_service.prefix.fingerprint import Fingerprint
-from prefix_service.prefix.json_text import parse_config_json
+from prefix_service.prefix.json_text import MAX_BASE_CONFIG_BYTES, parse_config_json
 from prefix_service.prefix.weights_sample import layer_weights, start_of, weights_hash
 
 _CONFIG: Final = "config.json"
@@ -32,7 +32,7 @@ def read_fingerprint(folder: str | Path) -> Fingerprint:
     if not path.is_file():
         raise InvalidConfig(f"there is no {path}: name the folder of a base model, as save_pretrained writes it")
     with readable(path):
-        config = parse_config_json(path.read_bytes(), str(path))
+        config = parse_config_json(path.read_bytes(), str(path), MAX_BASE_CONFIG_BYTES)
     return replace(
         settings_of(config), tokenizer=tokenizer_hash(Path(folder)), weights_index=folder_weights_hash(Path(folder))
     )

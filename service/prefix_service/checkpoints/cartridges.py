@@ -32,10 +32,14 @@ def flat_cartridge(names: Collection[str], tensor_of: Callable[[str], Tensor]) -
         InvalidCheckpoint: a tensor has an unknown name, a list lacks layers, or shapes contradict each other.
     """
     lists = _lists(names, tensor_of)
+    if missing := [name for name in ("trainable_keys", "trainable_values") if not lists[name]]:
+        raise InvalidCheckpoint(f"the cartridge has no {missing[0]}")
     frozen_kind = _frozen_kind(lists)
     layers = len(lists["trainable_keys"])
     parts = [kind for kind in (frozen_kind, "trainable") if kind is not None]
     tokens = {kind: _tokens(lists, kind, layers) for kind in parts}
+    if not sum(tokens.values()):
+        raise InvalidCheckpoint("the tensors of the cartridge have no tokens")
     _, heads, _, size = lists["trainable_keys"][0].shape
     stacked = torch.stack(
         [
@@ -70,10 +74,13 @@ def _lists(names: Collection[str], tensor_of: Callable[[str], Tensor]) -> Lists:
     lists: dict[str, dict[int, Tensor]] = {name: {} for name in _KNOWN.split(", ")}
     for name, member in members.items():
         if member is not None:
-            lists[f"{member[1]}_{member[2]}"][int(member[3])] = tensor_of(name)
+            found, layer = lists[f"{member[1]}_{member[2]}"], int(member[3])
+            if layer in found:
+                raise InvalidCheckpoint(f"the cartridge has layer {layer} of {member[1]}_{member[2]} twice")
+            found[layer] = tensor_of(name)
     for name, found in lists.items():
         if sorted(found) != list(range(len(found))):
-            raise InvalidCheckpoint(f"{name} has the layers {sorted(found)[:8]}: one is missing, or is there twice")
+            raise InvalidCheckpoint(f"{name} has the layers {sorted(found)[:8]}: one is missing")
     return {name: [found[layer] for layer in range(len(found))] for name, found in lists.items()}
 
 

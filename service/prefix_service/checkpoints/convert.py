@@ -17,7 +17,7 @@ from prefix_service.errors import InvalidCheckpoint, InvalidConfig
 from prefix_service.prefix.checkpoint import load_weights
 from prefix_service.prefix.config import PrefixConfig, PrefixTuningConfig, parse_config
 from prefix_service.prefix.file_names import CONFIG_NAME, PICKLE_SUFFIXES
-from prefix_service.prefix.json_text import parse_config_json
+from prefix_service.prefix.json_text import MAX_BASE_CONFIG_BYTES, MAX_CONFIG_BYTES, parse_config_json
 from prefix_service.prefix.layouts import Match, Shape, find_prefix, shown_names
 
 
@@ -62,7 +62,7 @@ def convert(
             config; or is a cartridge with tensors of unknown names.
         InvalidConfig: there is no config, and too little information to infer one.
     """
-    base = None if base_config is None else _read_config(base_config)
+    base = None if base_config is None else _read_config(base_config, MAX_BASE_CONFIG_BYTES)
     checkpoint = _opened(source, unsafe=unsafe)
     if is_cartridge(checkpoint.shapes):
         read = _cartridge
@@ -192,10 +192,10 @@ def _config_next_to(source: Path) -> Path | None:
     return path if path.exists() else None
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_config(path: Path, most: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
     with readable(path):
         data = path.read_bytes()
-    return parse_config_json(data, str(path))
+    return parse_config_json(data, str(path), most)
 
 
 def _name_of(base: dict[str, Any] | None) -> str | None:

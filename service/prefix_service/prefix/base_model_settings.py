@@ -77,7 +77,8 @@ def _rope_of_kind(parameters: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(_known(parameters))
     kind = found.pop("type", "default")
     found.setdefault("rope_type", kind)
-    found["rope_type"] = _RENAMED.get(found["rope_type"], found["rope_type"])
+    if isinstance(found["rope_type"], str):
+        found["rope_type"] = _RENAMED.get(found["rope_type"], found["rope_type"])
     return found
 
 

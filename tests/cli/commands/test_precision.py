@@ -1,12 +1,14 @@
 """`inspect --precision` shows what each pair of dtypes costs a model's predictions of a text."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from prefix_service.cli.commands.precision import plot
-from prefix_service.client.prefixes.precision import PairCost
+from prefix_service.client.prefixes.precision import PairCost, _difference
 from tests.cli.conftest import Run
 from tests.conftest import CORPUS
 
@@ -42,6 +44,16 @@ def test_the_plot_marks_the_pairs_that_no_other_beats() -> None:
     assert (bars[0], bars[-1]) == (1, 32)
     assert bars == sorted(bars)
     assert len(plot([PairCost("float32", "float32", 8, 0.0, 0, 9)])) == 1
+
+
+def test_a_dtype_that_does_not_hold_the_numbers_has_no_bound() -> None:
+    """Keys beyond float16's range are infinite there, and the model predicts nothing: its bar is the longest."""
+    unlike = torch.tensor([[0.0, 1.0]]), torch.full((1, 2), float("nan"))
+    cost, changed = _difference([unlike[0]], [unlike[1]])
+    assert (cost, changed) == (math.inf, 1)
+    costs = [PairCost("float32", "float32", 8, 0.0, 0, 9), PairCost("float16", "float16", 4, cost, changed, 9)]
+    assert [line.count("█") for line in plot(costs)] == [1, 32]
+    assert plot(costs)[1].endswith(" inf")
 
 
 @pytest.mark.parametrize(

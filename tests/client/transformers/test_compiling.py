@@ -1,5 +1,6 @@
 """A compiled prefix does what PEFT's virtual tokens, or the same tokens in front of the input, do."""
 
+import copy
 import json
 import shutil
 import sys
@@ -13,11 +14,13 @@ import peft
 import pytest
 import torch
 import transformers
+from accelerate import cpu_offload
 from safetensors.torch import load_file, save_file
 
 from prefix_service.client import Prefix, PrefixClient
 from prefix_service.client.transformers import CompiledPrefix, compile_prefix
 from prefix_service.client.transformers.caches import to_cache
+from prefix_service.client.transformers.virtual_tokens import read_soft_prompt
 from prefix_service.errors import (
     Conflict,
     DimensionMismatch,
@@ -252,6 +255,15 @@ def require_logits_of_text(model: Any, heads: int) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=5e-5)
 
 
+def test_a_model_with_offloaded_embeddings_reads_tokens() -> None:
+    """Their weights are on the device `meta` until they are looked up, and tokens there would have no numbers."""
+    ids = TEXT[0].tolist()
+    model: Any = copy.deepcopy(base("llama"))
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model.get_input_embeddings().weight.is_meta
+    assert torch.equal(compile_prefix(model, token_ids=ids).flat, compile_prefix(base("llama"), token_ids=ids).flat)
+
+
 # --- Refusals ---
 
 
@@ -268,6 +280,11 @@ def _tiny(family: str, device: str = "meta", **more: Any) -> Any:
         (lambda: base("t5"), "t5 is an encoder-decoder model"),
         (lambda: base("bert-token"), "BertForTokenClassification is no language model"),
         (lambda: _tiny("Bert", "cpu", initializer_range=0.15), "attention of BertLMHeadModel is not causal"),
+        (lambda: _tiny("Llama", "cpu", is_causal=False), "attention of LlamaForCausalLM is not causal"),
+        (
+            lambda: _tiny("Gemma3Text", "cpu", num_key_value_heads=2, use_bidirectional_attention=True),
+            "attention of Gemma3ForCausalLM is not causal",
+        ),
         (lambda: _tiny("DeepseekV3", num_key_value_heads=4), "deepseek_v3 keeps compressed keys and values"),
         (lambda: _tiny("Mamba"), "MambaModel takes no past_key_values|of type"),
         (lambda: NAMED["llama"].build().train(), "the model is in training"),
@@ -277,6 +294,8 @@ def _tiny(family: str, device: str = "meta", **more: Any) -> Any:
         "encoder-decoder",
         "classifier",
         "encoder",
+        "two directions",
+        "two directions of Gemma 3",
         "latent attention",
         "state space",
         "training",
@@ -300,6 +319,7 @@ def test_a_model_that_cannot_be_compiled_for_is_named(build: Callable[[], Any], 
         ({"token_ids": [5] * 96}, "there are 96 tokens, and llama has positions for 96"),
         ({"token_ids": [5, 64]}, "token 1 is 64, and the model's are 0 to 63"),
         ({"token_ids": [5, True]}, "token 1 is True"),
+        ({"token_ids": torch.tensor([5, 6])}, r"token 0 is tensor\(5\)"),
     ],
 )
 def test_arguments_that_make_no_prefix_are_named(options: dict[str, Any], message: str) -> None:
@@ -316,6 +336,14 @@ def test_arguments_that_make_no_prefix_are_named(options: dict[str, Any], messag
         ({"task_type": "SEQ_2_SEQ_LM"}, InvalidConfig, "only adapters of causal language models"),
         ({"modules_to_save": ["embed_tokens"]}, InvalidConfig, "also changes layers of the base model"),
         ({"peft_type": "MULTITASK_PROMPT_TUNING"}, InvalidCheckpoint, "have no prefix_task_cols"),
+        (
+            {"num_virtual_tokens": 1 << 30},
+            InvalidCheckpoint,
+            "num_virtual_tokens is 1073741824 in the config, and 6 by",
+        ),
+        ({"num_virtual_tokens": None}, InvalidCheckpoint, "num_virtual_tokens is missing"),
+        ({"prompt_tuning_init": "TEXT"}, InvalidCheckpoint, "PEFT cannot load .* tokenizer_name_or_path can't be None"),
+        ({"token_dim": 1 << 30}, InvalidCheckpoint, "token_dim is 1073741824 in the config, and 32 by"),
     ],
 )
 def test_an_adapter_that_is_no_soft_prompt_is_named(
@@ -333,6 +361,37 @@ def test_an_adapter_that_is_no_soft_prompt_is_named(
         compile_prefix(base("llama"), adapter=folder)
 
 
+def test_an_adapter_leaves_the_base_model_alone(soft_prompt: Callable[[str, str], Path], tmp_path: Path) -> None:
+    """PEFT loads a tensor of the model's own names into it, and the prefix would be that of another model."""
+    folder = shutil.copytree(soft_prompt("llama", "PROMPT_TUNING"), tmp_path / "adapter")
+    weights, model = folder / "adapter_model.safetensors", base("llama")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    name = "model.layers.0.self_attn.k_proj.weight"
+    save_file(load_file(weights) | {f"base_model.{name}": torch.ones_like(before[name])}, weights)
+    with pytest.raises(InvalidCheckpoint, match=f"more than virtual tokens \\(base_model.{name}\\)"):
+        compile_prefix(model, adapter=folder)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_numbers_that_are_not_finite_are_named(soft_prompt: Callable[[str, str], Path], tmp_path: Path) -> None:
+    """The service would refuse the prefix, after its upload."""
+    folder = shutil.copytree(soft_prompt("llama", "PROMPT_TUNING"), tmp_path / "adapter")
+    weights = folder / "adapter_model.safetensors"
+    save_file({"prompt_embeddings": load_file(weights)["prompt_embeddings"] * float("nan")}, weights)
+    with pytest.raises(InvalidRequest, match="NaN or infinite in float32"):
+        compile_prefix(base("llama"), adapter=folder)
+
+
+def test_the_config_of_many_examples_is_read(tmp_path: Path) -> None:
+    """CPT's has three lists with a number for each virtual token, on a line of its own."""
+    tokens = 4000
+    lists = dict.fromkeys(("cpt_token_ids", "cpt_mask", "cpt_tokens_type_mask"), [1] * tokens)
+    config = {"peft_type": "CPT", "task_type": "CAUSAL_LM", "num_virtual_tokens": tokens, **lists}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config, indent=2))
+    save_file({"prompt_embeddings": torch.zeros(tokens, 2)}, tmp_path / "adapter_model.safetensors")
+    assert read_soft_prompt(tmp_path).num_virtual_tokens == tokens
+
+
 def test_weights_that_do_not_fit_are_named(soft_prompt: Callable[[str, str], Path], tmp_path: Path) -> None:
     """Missing weights, others, those of another width, and a task that is out of range."""
     with pytest.raises(InvalidConfig, match="there is no"):
@@ -343,11 +402,13 @@ def test_weights_that_do_not_fit_are_named(soft_prompt: Callable[[str, str], Pat
     with pytest.raises(InvalidRequest, match="this one has 0 to 2, and got 3"):
         compile_prefix(base("llama"), adapter=soft_prompt("llama", "MULTITASK_PROMPT_TUNING"), task=3)
     weights = folder / "adapter_model.safetensors"
-    save_file({"prompt_embeddings": torch.zeros(6, 16)}, weights)
-    with pytest.raises(DimensionMismatch, match="have 16 numbers, and the embeddings of the model 32"):
-        compile_prefix(base("llama"), adapter=folder)
     save_file({"prompt_embeddings": torch.zeros(5, 32)}, weights)
-    with pytest.raises(InvalidCheckpoint, match="PEFT cannot load"):
+    with pytest.raises(InvalidCheckpoint, match="num_virtual_tokens is 6 in the config, and 5 by"):
+        compile_prefix(base("llama"), adapter=folder)
+    save_file({"prompt_embeddings": torch.zeros(6, 16)}, weights)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"token_dim": 16}))
+    with pytest.raises(DimensionMismatch, match="have 16 numbers, and the embeddings of the model 32"):
         compile_prefix(base("llama"), adapter=folder)
     save_file({"lora_A": torch.zeros(6, 16)}, weights)
     with pytest.raises(InvalidCheckpoint, match="has no prompt_embeddings"):

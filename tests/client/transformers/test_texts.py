@@ -41,7 +41,7 @@ def tokenizer(template: str | None = None, *, ends: bool = False) -> Any:
     )
     core.decoder = decoders.ByteLevel()
     special = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot|>"]
-    corpus = [f"{TEXT}{behind}" for behind in ("A", ".A", "\n\nA", "\n\n7")] * 9
+    corpus = [f"{TEXT}{behind}" for behind in ("A", ".A", "\n\nA", "\n\n7", ' !"', " ?\n")] * 9
     trainer = trainers.BpeTrainer(
         vocab_size=400,
         special_tokens=special,
@@ -72,6 +72,13 @@ def test_a_system_message_ends_before_a_special_token(template: str, question: s
     assert found.count(tokenizer().bos_token_id) == (template == LLAMA3)
 
 
+@pytest.mark.parametrize("text", ["user", "e", "\nuser\n"])
+def test_a_text_that_the_template_writes_too_ends_where_it_stands(text: str) -> None:
+    """The word `user` of the next turn is not taken for the system message, whose prefix would join the user's text."""
+    found = text_tokens(tokenizer(CHATML), text)
+    assert tokenizer().decode(found) == f"<|im_start|>system\n{text}<|im_end|>\n"
+
+
 def test_a_system_message_in_the_users_turn_ends_with_what_the_template_writes_behind_it() -> None:
     """Where no special token divides the two, the template's own words belong to the prefix."""
     found = text_tokens(tokenizer(INSTRUCT), TEXT)
@@ -99,6 +106,8 @@ def test_a_plain_text_has_one_bos_and_no_end(ends: bool) -> None:
         (None, TEXT, "system", "has no chat template: compile the text as it is, in the role plain"),
         (None, f"<s>{TEXT}\n", "plain", "begin with <s> twice"),
         (None, TEXT, "plain", r"token \d+ of \d+ begins '\.', and before 'A' '\.A'"),
+        (None, f"{TEXT} !", "plain", r"token \d+ of \d+ begins ' !', and before '\"' ' !\"'"),
+        (CHATML, f"{TEXT} ?", "user", r"token \d+ of \d+ begins ' \?', and before '\\nA' ' \?\\nA'"),
         (CHATML, TEXT, "user", "the end of the text is other tokens once something follows"),
         (NO_SYSTEM, TEXT, "system", r"refuses a system message \(no system\): compile the text in the role user"),
         ("{{ messages[-1].content | upper }}", TEXT, "system", "changes the text"),

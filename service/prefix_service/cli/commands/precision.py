@@ -78,7 +78,8 @@ def show_precision(
             name, costs = _measured(client, reference, base, _ids(tokenizer, text, most).to(base.device))
     costs.sort(key=lambda cost: (-cost.nbytes, cost.divergence))
     if as_json:
-        print_json({"version": name, "model": model, "tokens": costs[0].tokens, "pairs": list(map(asdict, costs))})
+        pairs = [asdict(cost) | {"divergence": _finite(cost.divergence)} for cost in costs]
+        print_json({"version": name, "model": model, "tokens": costs[0].tokens, "pairs": pairs})
         return
     print_table(
         f"{name} on {model}: {costs[0].tokens} tokens of {text}",
@@ -118,15 +119,21 @@ def _measured(client: "PrefixClient", reference: str, model: Any, ids: Any) -> "
     return exact.name, list(pair_costs(prefixes, model, [ids]))
 
 
+def _finite(number: float) -> float | None:
+    """Returns a number that JSON has; None if it is infinite."""
+    return number if math.isfinite(number) else None
+
+
 def plot(costs: "Sequence[PairCost]") -> list[str]:
     """Returns the lines of a plot of all pairs, at most 80 columns wide: bytes against divergences, whose logarithms
     the bars are.
     """
     divergences = [max(cost.divergence, _LEAST) for cost in costs]
-    least, most = math.log(min(divergences)), math.log(max(divergences))
+    finite = [math.log(divergence) for divergence in divergences if math.isfinite(divergence)]
+    least, most = min(finite, default=0.0), max(finite, default=0.0)
     lines = []
     for cost, divergence in zip(costs, divergences, strict=True):
-        share = (math.log(divergence) - least) / (most - least or 1.0)
+        share = min((math.log(divergence) - least) / (most - least or 1.0), 1.0)
         bar = "█" * (1 + round((_BAR - 1) * share))
         keys, values = _pair(cost)
         mark = "*" if _is_best(cost, costs) else " "

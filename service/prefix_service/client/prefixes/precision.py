@@ -1,5 +1,6 @@
 """Measures what a model's predictions lose if keys and values are sent in fewer bytes, for each pair of dtypes."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -24,8 +25,8 @@ class PairCost:
     """The cost of keys and values in two dtypes, of `nbytes` with their scales.
 
     `divergence` is that of Kullback and Leibler, of the distribution of the next token from that behind the prefix in
-    float32: the mean of all `tokens`, in nats. `changed` are the tokens behind which another token becomes the most
-    probable one.
+    float32: the mean of all `tokens`, in nats; infinite if numbers beyond the dtype's range leave no distribution.
+    `changed` are the tokens behind which another token becomes the most probable one.
     """
 
     key_dtype: KVDtype
@@ -78,7 +79,7 @@ def _difference(exact: Iterable[Tensor], found: Iterable[Tensor]) -> tuple[float
             changed += int((one.argmax(-1) != other.argmax(-1)).sum())
             wanted, sent = (logits.double().log_softmax(-1) for logits in (one, other))
             total += float(kl_div(sent, wanted, reduction="sum", log_target=True))
-    return total, changed
+    return math.inf if math.isnan(total) else total, changed
 
 
 def _joined(keys: Prefix, values: Prefix) -> Prefix:

@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedConfig
 
 from prefix_service.checkpoints.folders import write_folder
 from prefix_service.client.transformers.caches import check_takes_prefix, provisioned, to_cache
-from prefix_service.client.transformers.devices import decoder_of, unwrapped
+from prefix_service.client.transformers.devices import decoder_of, input_device, unwrapped
 from prefix_service.client.transformers.fingerprints import fingerprint_of
 from prefix_service.client.transformers.padding import Model, rope_changes_behind
 from prefix_service.client.transformers.texts import Role, Tokenizer, template_of, text_tokens
@@ -30,8 +30,9 @@ Progress = Callable[[int, int], None]
 
 _CHUNK: Final = 512  # tokens of one call of the model
 _STORED: Final = (torch.float32, torch.float16, torch.bfloat16)
-_SAME: Final = 0.05
-"""The most by which keys differ that another shape of batch rounds differently, in half precision too."""
+_SAME: Final[Mapping[torch.dtype, float]] = {torch.float32: 1e-3}
+_SAME_IN_HALF: Final = 0.05
+"""The most by which keys differ, relative to their norm, if another shape of batch rounds them differently."""
 _MOST_NAME: Final = 1000  # characters of a name in the recipe
 
 
@@ -118,7 +119,7 @@ def compile_prefix(
     if text is not None:
         token_ids = text_tokens(tokenizer, text, role)
         recipe = {"from": "text", "role": role, **_of_tokenizer(tokenizer, role)}
-    return _of_tokens(model, list(token_ids or ()), recipe, progress)
+    return _of_tokens(model, list(() if token_ids is None else token_ids), recipe, progress)
 
 
 def check_compiles(config: PreTrainedConfig) -> None:
@@ -166,27 +167,33 @@ def _check_model(model: Model) -> None:
         raise InvalidRequest("the model is in training, where dropout changes keys and values: call model.eval()")
     if not model.can_generate():
         raise InvalidRequest(f"{type(model).__name__} is no language model: load it with AutoModelForCausalLM")
-    if getattr(decoder_of(model).config, "is_decoder", True) is False:  # BERT as an encoder; but GPT-NeoX has it too
-        _check_causal(model)
+    _check_causal(model)
 
 
 def _check_causal(model: Model) -> None:
-    """Checks that a second token does not change the keys of the first.
+    """Checks that a second token does not change the keys of the first: a config can say it in several ways
+    (`is_decoder`, `is_causal`, `use_bidirectional_attention`), and code of its own in none.
 
     Raises:
         InvalidRequest: it does.
     """
-    ids = torch.arange(2, device=model.get_input_embeddings().weight.device)[None]
-    caches = [_read(model, _Input("input_ids", ids[:, :tokens]), None) for tokens in (1, 2)]
-    if all(cache.layers for cache in caches):
-        layers: list[Any] = [cache.layers[-1] for cache in caches]
-        alone, together = (layer.keys[:, :, :1].float() for layer in layers)
-        if (together - alone).norm() < _SAME * alone.norm():
-            return
-    raise InvalidRequest(
-        f"attention of {type(model).__name__} is not causal (is_decoder is false in its config): what follows a text "
-        "changes its keys and values, so it cannot be compiled"
-    )
+    ids = torch.arange(2, device=input_device(model))[None]
+    alone, together = (_last_keys(_read(model, _Input("input_ids", ids[:, :tokens]), None)) for tokens in (1, 2))
+    if alone is None or together is None:
+        raise InvalidRequest("the model kept no keys and values")
+    difference = (together[:, :, :1].float() - alone.float()).norm()
+    if difference > _SAME.get(alone.dtype, _SAME_IN_HALF) * alone.float().norm():
+        raise InvalidRequest(
+            f"attention of {type(model).__name__} is not causal: what follows a text changes its keys and values, so "
+            "it cannot be compiled"
+        )
+
+
+def _last_keys(cache: DynamicCache) -> Tensor | None:
+    """Returns the keys of the last layer that keeps some, `[1, H, N, D]`."""
+    found: list[Any] = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    keys: Tensor | None = found[-1].keys if found else None
+    return keys
 
 
 def _of_soft_prompt(model: Model, prompt: SoftPrompt, progress: Progress | None) -> CompiledPrefix:
@@ -208,7 +215,7 @@ def _of_tokens(model: Model, ids: list[int], recipe: dict[str, str], progress: P
     for place, token in enumerate(ids):
         if type(token) is not int or not 0 <= token < words.shape[0]:
             raise InvalidRequest(f"token {place} is {token!r:.80}, and the model's are 0 to {words.shape[0] - 1}")
-    given = _Input("input_ids", torch.tensor([ids], device=words.device))
+    given = _Input("input_ids", torch.tensor([ids], device=input_device(model)))
     recipe["tokens-sha256"] = hashlib.sha256(json.dumps(ids).encode()).hexdigest()
     return _compiled(model, given, recipe, ids, None, progress)
 
@@ -295,12 +302,11 @@ def _flat(cache: DynamicCache, shape: tuple[int, int, int, int]) -> Tensor:
     that shares another's keys has zeros alone.
 
     Raises:
-        InvalidRequest: a layer keeps other tokens or shapes than a prefix has, or a dtype that is not stored.
+        InvalidRequest: a layer keeps other tokens or shapes than a prefix has, a dtype that is not stored, or NaN or
+            infinite numbers.
     """
     tokens, layers, heads, size = shape
     filled: dict[int, Any] = {n: kept for n, kept in enumerate(cache.layers) if getattr(kept, "keys", None) is not None}
-    if not filled:
-        raise InvalidRequest("the model kept no keys and values")
     dtype = next(iter(filled.values())).keys.dtype
     if dtype not in _STORED:
         raise InvalidRequest(f"the model keeps keys of {dtype}: load it in float32, float16 or bfloat16")
@@ -313,4 +319,9 @@ def _flat(cache: DynamicCache, shape: tuple[int, int, int, int]) -> Tensor:
                 )
             # (1, H, N, D) -> (N, H, D)
             flat[:, layer, part, : tensor.shape[1], : tensor.shape[3]] = tensor[0].transpose(0, 1)
+    if not all(bool(extreme.isfinite()) for extreme in flat.aminmax()):
+        raise InvalidRequest(
+            f"the model computes keys or values that are NaN or infinite in {str(dtype).removeprefix('torch.')}: look "
+            "at the adapter's weights, or load the model in float32"
+        )
     return flat.view(tokens, -1)

@@ -59,6 +59,11 @@ def decoder_of(model: Any) -> Any:
     return found if isinstance(found, PreTrainedModel) else model.base_model
 
 
+def input_device(model: Any) -> torch.device:
+    """Returns the device on which a model's embeddings are looked up, also if they are offloaded."""
+    return next(_devices(model.get_input_embeddings()))
+
+
 def _move(rows: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     own = rows[:1] if rows.stride(0) == 0 else rows
     return own.to(device, dtype).expand(rows.shape)

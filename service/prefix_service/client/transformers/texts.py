@@ -16,8 +16,10 @@ question; or the beginning of an input without a chat template."""
 Tokenizer = Any
 """A `PreTrainedTokenizerBase`."""
 
-_FOLLOWING: Final = ("A", "7", "é")
+_FOLLOWING: Final = ("A", "7", "é", '"', "'", "(", ".", "-")
 """Beginnings of what may follow the text; no two begin with the same character."""
+_BLANKS: Final = (" A", "\nA")
+"""Further beginnings, of what follows a text without a blank at its end; many tokenizers join blanks."""
 _SHOWN: Final = 20  # characters of a text in an error message
 
 
@@ -26,7 +28,8 @@ def text_tokens(tokenizer: Tokenizer, text: str, role: Role = "system") -> list[
 
     With a chat template, they end before the last special token between the text and the user's message, so that no
     token joins the two. Where the template writes none there, and in the other roles, they end with the text: then
-    the text must end where the tokenizer divides it from whatever follows.
+    the text must end where the tokenizer divides it from what follows: this is checked for letters, digits, signs and
+    blanks, but not for a blank behind a text that ends with one, which many tokenizers join.
 
     Raises:
         InvalidRequest: the tokenizer has no chat template, the template refuses the role or changes the text, the text
@@ -39,7 +42,8 @@ def text_tokens(tokenizer: Tokenizer, text: str, role: Role = "system") -> list[
     wholes = [_written(tokenizer, text, role, following) for following in _FOLLOWING]
     head = _head(tokenizer, text, role, wholes)
     found = _without_end(tokenizer, head, role)
-    for whole, following in zip(wholes, _FOLLOWING, strict=True):
+    for following in _FOLLOWING if head[-1:].isspace() else (*_FOLLOWING, *_BLANKS):
+        whole = _written(tokenizer, text, role, following)
         _require_seam(tokenizer, found, _ids(tokenizer, whole, role), following)
     bos = tokenizer.bos_token_id
     if bos is not None and found[:2] == [bos, bos]:
@@ -87,13 +91,14 @@ def _head(tokenizer: Tokenizer, text: str, role: Role, wholes: list[str]) -> str
         return text
     shared = wholes[0][: _shared(wholes)]
     own = text.strip()
-    start = shared.rfind(own)
-    if start < 0:
+    # A longer text is written differently from its end on; the words of the template may hold the text too.
+    longer = [_written(tokenizer, text.rstrip() + more, role, _FOLLOWING[0]) for more in _FOLLOWING[:2]]
+    end = min(_shared([wholes[0], *longer]), len(shared))
+    if not shared[:end].endswith(own):
         raise InvalidRequest(
             f"the chat template of {tokenizer.name_or_path} changes the text in front of the user's message, so that "
             f"there is no common prefix: compile the text in the role plain"
         )
-    end = start + len(own)
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     return shared[: max((cut for token in special if (cut := shared.rfind(token)) >= end), default=len(shared))]
 

@@ -5,6 +5,7 @@ changes them.
 """
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -13,12 +14,15 @@ import torch
 from torch import Tensor
 
 from prefix_service.checkpoints.sources import TensorFiles, readable
+from prefix_service.client.transformers.devices import input_device
 from prefix_service.errors import DimensionMismatch, InvalidCheckpoint, InvalidConfig, InvalidRequest
 from prefix_service.prefix.file_names import CONFIG_NAME, WEIGHTS_NAME
-from prefix_service.prefix.json_text import parse_config_json, shown
+from prefix_service.prefix.json_text import MAX_BASE_CONFIG_BYTES, parse_config_json, shown
+from prefix_service.prefix.layouts import Shape, shown_names
 
 HOW_TO_GET_PEFT: Final = "PEFT is not installed: pip install 'prefix-service[compile]'"
 _MULTITASK: Final = "MULTITASK_PROMPT_TUNING"
+_OF_TASKS: Final = ("prefix_task_cols", "prefix_task_rows")
 SOFT_PROMPTS: Final = ("PROMPT_TUNING", "P_TUNING", _MULTITASK, "CPT")
 """The types of PEFT whose virtual tokens stand in front of the input as embeddings."""
 
@@ -43,7 +47,8 @@ def read_soft_prompt(folder: Path, task: int | None = None) -> SoftPrompt:
 
     Raises:
         InvalidConfig: there is no config, or the adapter is none whose virtual tokens can be compiled.
-        InvalidCheckpoint: there are no safetensors weights, or they have no virtual tokens, or no tasks.
+        InvalidCheckpoint: there are no safetensors weights; they have no virtual tokens, no tasks, or other tensors
+            too; or the config contradicts their sizes.
         InvalidRequest: a task is missing, out of range, or given for an adapter that has none.
     """
     values = _config(folder / CONFIG_NAME)
@@ -61,6 +66,7 @@ def read_soft_prompt(folder: Path, task: int | None = None) -> SoftPrompt:
             f"{weights} has no prompt_embeddings [tokens, width], but {sorted(shapes)[:4]}: is it the file of this "
             f"{peft_type} adapter?"
         )
+    _check_tensors(values, shapes, weights)
     _check_task(peft_type, task, shapes)
     base = values.get("base_model_name_or_path")
     return SoftPrompt(folder, peft_type, shape[0], shape[1], task, base if isinstance(base, str) else None)
@@ -76,7 +82,7 @@ def embeddings(model: Any, prompt: SoftPrompt) -> Tensor:
         InvalidRequest: PEFT is not installed.
         InvalidCheckpoint: PEFT cannot load the adapter.
     """
-    words = model.get_input_embeddings()
+    words, device = model.get_input_embeddings(), input_device(model)
     width = words.weight.shape[1]
     if prompt.width != width:
         raise DimensionMismatch(
@@ -96,7 +102,7 @@ def embeddings(model: Any, prompt: SoftPrompt) -> Tensor:
             # PEFT reads a property that transformers deprecates, which the caller cannot change.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             wrapped: Any = PeftModel.from_pretrained(model, str(prompt.folder), config=config)
-        tasks = {} if prompt.task is None else {"task_ids": torch.tensor([prompt.task], device=words.weight.device)}
+        tasks = {} if prompt.task is None else {"task_ids": torch.tensor([prompt.task], device=device)}
         with torch.no_grad():
             found: Tensor = wrapped.get_prompt(1, **tasks)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
@@ -104,14 +110,15 @@ def embeddings(model: Any, prompt: SoftPrompt) -> Tensor:
     finally:
         for parameter in trainable:  # PEFT freezes them
             parameter.requires_grad_(True)
-    return found.to(words.weight.device, words.weight.dtype)
+    return found.to(device, words.weight.dtype)
 
 
 def _config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InvalidConfig(f"there is no {path}, the adapter's config, which PEFT writes beside the weights")
     with readable(path):
-        values = parse_config_json(path.read_bytes(), str(path))
+        # CPT's has three numbers for each virtual token.
+        values = parse_config_json(path.read_bytes(), str(path), MAX_BASE_CONFIG_BYTES)
     peft_type = values.get("peft_type")
     if peft_type in ("PREFIX_TUNING", "CARTRIDGE"):
         raise InvalidConfig(f"{path} is of a {peft_type} adapter, which is a prefix already: publish it as it is")
@@ -131,6 +138,35 @@ def _config(path: Path) -> dict[str, Any]:
             "prefix holds"
         )
     return values
+
+
+def _check_tensors(values: Mapping[str, Any], shapes: Mapping[str, Shape], weights: Path) -> None:
+    """Checks that the weights hold the virtual tokens alone, in the sizes that the config has.
+
+    PEFT would load a tensor of any other name into the base model, and allocate what the config says before it compares
+    the sizes.
+
+    Raises:
+        InvalidCheckpoint: they do not.
+    """
+    if others := shapes.keys() - {"prompt_embeddings", *_OF_TASKS}:
+        raise InvalidCheckpoint(
+            f"{weights} has more than virtual tokens ({shown_names(others)}): the adapter also changes the base model, "
+            "which no prefix holds"
+        )
+    tokens, width = shapes["prompt_embeddings"]
+    sizes = {"num_virtual_tokens": tokens, "token_dim": width, "num_transformer_submodules": 1}
+    columns = shapes.get(_OF_TASKS[0], ())
+    if values["peft_type"] == _MULTITASK and len(columns) == 3:
+        sizes |= {"num_tasks": columns[0], "num_ranks": columns[2]}
+    for name, size in sizes.items():
+        found = values.get(name)
+        if found is not None and (type(found) is not int or found != size):
+            raise InvalidCheckpoint(f"{name} is {shown(found)} in the config, and {size} by the tensors of {weights}")
+    if values.get("num_virtual_tokens") is None:
+        raise InvalidCheckpoint(
+            f"num_virtual_tokens is missing in the config, and {tokens} by the tensors of {weights}"
+        )
 
 
 def _check_task(peft_type: str, task: int | None, shapes: Any) -> None:
