@@ -14,13 +14,12 @@ from torch import Tensor
 
 from prefix_service.checkpoints.sources import TensorFiles, readable
 from prefix_service.errors import DimensionMismatch, InvalidCheckpoint, InvalidConfig, InvalidRequest
+from prefix_service.prefix.config import SOFT_PROMPTS
 from prefix_service.prefix.file_names import CONFIG_NAME, WEIGHTS_NAME
 from prefix_service.prefix.json_text import parse_config_json, shown
 
 HOW_TO_GET_PEFT: Final = "PEFT is not installed: pip install 'prefix-service[compile]'"
 _MULTITASK: Final = "MULTITASK_PROMPT_TUNING"
-SOFT_PROMPTS: Final = ("PROMPT_TUNING", "P_TUNING", _MULTITASK, "CPT")
-"""The types of PEFT whose virtual tokens stand in front of the input as embeddings."""
 
 
 @dataclass(frozen=True, slots=True)
