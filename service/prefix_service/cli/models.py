@@ -53,10 +53,11 @@ def quiet_transformers() -> Iterator[None]:
     """Keeps bars and warnings of transformers, and of the hub's client, from the terminal: the command shows what
     matters.
     """
-    from huggingface_hub.utils import logging as hub
+    from huggingface_hub.utils import logging as module_of_hub
     from transformers import logging as module
 
     logging: Any = module
+    hub: Any = module_of_hub
     verbosity, of_hub = logging.get_verbosity(), hub.get_verbosity()
     logging.set_verbosity_error()
     hub.set_verbosity_error()  # without a network it would write each of its retries
