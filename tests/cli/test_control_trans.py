@@ -74,7 +74,7 @@ def test_a_converted_prefix_can_be_published(run: Run, tmp_path: Path) -> None:
     done = run("convert", folder, tmp_path / "out", "--base-config", folder / "base_config.json")
     assert done.returncode == 0, done.stderr
     assert "found OpenPrompt: 2 layers, 3 tokens; decoder_control_trans.0.bias, " in done.stdout
-    assert "left out 1 entries that are not part of the prefix: input_tokens" in done.stdout
+    assert "left out 1, not part of the prefix: input_tokens" in done.stdout
     upload = prepare_upload(tmp_path / "out")
     with upload.weights:
         assert upload.cut_from is None

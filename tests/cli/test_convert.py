@@ -281,7 +281,7 @@ def test_what_is_left_out_is_told(run: Run, tmp_path: Path) -> None:
     config = CORPUS / "cases/llama-n20-emb/adapter/adapter_config.json"
     done = run("convert", tmp_path / "last.ckpt", tmp_path / "out", "--config", config)
     names = "lists.0, lm_head.weight, optimizer.state.0.exp_avg"
-    assert f"left out 3 entries that are not part of the prefix: {names}" in done.stdout
+    assert f"left out 3, not part of the prefix: {names}" in done.stdout
     as_json = run("convert", tmp_path / "last.ckpt", tmp_path / "again", "--config", config, "--json")
     assert sorted(json.loads(as_json.stdout)["left_out"]) == names.split(", ")
 
@@ -357,3 +357,27 @@ def test_what_is_no_checkpoint_is_named(tmp_path: Path, content: bytes, message:
     (tmp_path / "cache.pt").write_bytes(content)
     with pytest.raises(InvalidCheckpoint, match=message):
         convert(tmp_path / "cache.pt")
+
+
+def test_another_kind_of_adapter_is_named(tmp_path: Path) -> None:
+    """The error says that the folder is of LoRA, not that its tensors are unknown."""
+    save_file({"lora_A.weight": torch.zeros(2, 2)}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(InvalidConfig, match="this is a LORA adapter"):
+        convert(tmp_path)
+
+
+def test_a_folder_without_weights(tmp_path: Path) -> None:
+    """The error says what is missing."""
+    with pytest.raises(InvalidCheckpoint, match=r"there are no weights in .*: expected adapter_model\.safetensors"):
+        convert(tmp_path)
+
+
+@pytest.mark.parametrize("command", ["convert", "publish"])
+@pytest.mark.parametrize("option", ["--config", "--base-config"])
+def test_a_folder_in_place_of_a_config_is_wrong_usage(run: Run, tmp_path: Path, command: str, option: str) -> None:
+    """Both options take a file; a folder, as `--base-model` takes, is refused before anything is read."""
+    source = VARIANTS / "legacy_bin-gpt2-n20-emb"
+    done = run(command, source, tmp_path / "out", option, tmp_path)
+    assert done.returncode == 2
+    assert "is a directory" in done.stderr

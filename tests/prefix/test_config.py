@@ -67,6 +67,13 @@ def test_another_kind_of_adapter_is_called_by_its_name() -> None:
         parse_config({"peft_type": "lora\u202e"})
 
 
+@pytest.mark.parametrize("peft_type", ["PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT"])
+def test_the_error_of_a_soft_prompt_names_compile(peft_type: str) -> None:
+    """What `compile` makes a prefix of is refused with that command, not as an adapter that is never served."""
+    with pytest.raises(InvalidConfig, match=f"^peft_type {peft_type} is a soft prompt: .*prefix-service compile"):
+        parse_config({"peft_type": peft_type})
+
+
 def test_a_saved_config_says_its_number_of_tokens() -> None:
     """The default of 20 tokens is for new adapters; a config saved with trained weights must have the number."""
     assert prefix_tuning().num_virtual_tokens == 20

@@ -102,8 +102,10 @@ def _opened(source: Path, *, unsafe: bool) -> _Checkpoint:
 
 
 def _prefix(checkpoint: _Checkpoint, path: Path | None, base: dict[str, Any] | None) -> Conversion:
+    # First the config: the error of another kind of adapter names the kind.
+    written = None if path is None else parse_config(_read_config(path), from_file=True)
     match = find_prefix(checkpoint.shapes)
-    config = _config_for(match, checkpoint.shapes, path, base)
+    config = _config_for(match, checkpoint.shapes, written, base)
     config.require_dimensions()
     tensors = {name: checkpoint.tensor(name) for name in match.tensors.values()}
     left_out = [name for name in checkpoint.shapes if name not in tensors] + checkpoint.rest
@@ -180,7 +182,7 @@ def _find(source: Path) -> Path:
         raise InvalidCheckpoint(f"there is no {source}")
     with readable(source):
         found = sorted(path for path in source.iterdir() if is_weights_name(path.name))
-    if any(path.suffix not in PICKLE_SUFFIXES for path in found):
+    if not found or any(path.suffix not in PICKLE_SUFFIXES for path in found):
         return weight_files(source)[0]
     if len(found) != 1:
         raise InvalidCheckpoint(f"{source} holds {len(found)} checkpoints: name one of {[p.name for p in found]}")
@@ -204,14 +206,14 @@ def _name_of(base: dict[str, Any] | None) -> str | None:
 
 
 def _config_for(
-    match: Match, shapes: Mapping[str, Shape], path: Path | None, base: dict[str, Any] | None
+    match: Match, shapes: Mapping[str, Shape], written: PrefixConfig | None, base: dict[str, Any] | None
 ) -> PrefixConfig:
-    if path is not None:
-        config = parse_config(_read_config(path), from_file=True)
-        return config if base is None else config.filled(base)
+    if written is not None:
+        return written if base is None else written.filled(base)
     if base is None:
         raise InvalidConfig(
-            "the checkpoint has no adapter_config.json: give --config, or the base model's --base-config"
+            "the checkpoint has no adapter_config.json: name it with --config, or name the base model's config.json "
+            "with --base-config"
         )
     rows = {role: (*shapes[name], 0)[0] for role, name in match.tensors.items()}
     values: dict[str, Any] = {"base_model_name_or_path": _name_of(base)}

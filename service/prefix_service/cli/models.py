@@ -50,15 +50,21 @@ def loaded(name: str, load: Callable[[], Any]) -> Any:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keeps transformers' own bars and warnings from the terminal: the command shows what matters."""
+    """Keeps bars and warnings of transformers, and of the hub's client, from the terminal: the command shows what
+    matters.
+    """
+    from huggingface_hub.utils import logging as module_of_hub
     from transformers import logging as module
 
     logging: Any = module
-    verbosity = logging.get_verbosity()
+    hub: Any = module_of_hub
+    verbosity, of_hub = logging.get_verbosity(), hub.get_verbosity()
     logging.set_verbosity_error()
+    hub.set_verbosity_error()  # without a network it would write each of its retries
     logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
+        hub.set_verbosity(of_hub)
         logging.enable_progress_bar()

@@ -39,11 +39,20 @@ Uds = Annotated[Path | None, typer.Option("--uds", help="The Unix socket that th
 CaFile = Annotated[Path | None, typer.Option("--ca-file", help="Certificate authorities to trust, a PEM file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, errors too.")]
 Config = Annotated[
-    Path | None, typer.Option("--config", help="The adapter_config.json, where it is elsewhere.", exists=True)
+    Path | None,
+    typer.Option(
+        "--config", metavar="FILE", help="The adapter_config.json, where it is elsewhere.", exists=True, dir_okay=False
+    ),
 ]
 BaseConfig = Annotated[
     Path | None,
-    typer.Option("--base-config", help="The base model's config.json, for dimensions that are missing.", exists=True),
+    typer.Option(
+        "--base-config",
+        metavar="FILE",
+        help="The base model's config.json, for dimensions that are missing.",
+        exists=True,
+        dir_okay=False,
+    ),
 ]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 Ref = Annotated[

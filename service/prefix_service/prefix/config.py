@@ -29,6 +29,9 @@ _LIMITS = {
     "encoder_hidden_size": 1 << 18,
 }
 
+SOFT_PROMPTS = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT")
+"""The types of PEFT whose virtual tokens are embeddings in front of the input, which `compile` turns into a prefix."""
+
 _PEFT_TYPE = re.compile("[A-Z][A-Z0-9_]{1,39}")  # as PEFT writes its types
 
 # Every other key is stored and shown, but never read.
@@ -251,6 +254,11 @@ def config_type_of(values: dict[str, Any]) -> type[PrefixConfig]:
     if isinstance(peft_type, str) and peft_type in _CONFIGS:
         return _CONFIGS[peft_type]
     wanted = f"peft_type must be one of {', '.join(_CONFIGS)}, got {shown(peft_type)}"
+    if peft_type in SOFT_PROMPTS:
+        raise InvalidConfig(
+            f"peft_type {peft_type} is a soft prompt: first make a prefix of it, with its base model, by "
+            "`prefix-service compile --model MODEL ADAPTER_FOLDER OUT_FOLDER`"
+        )
     if isinstance(peft_type, str) and _PEFT_TYPE.fullmatch(peft_type):
         raise InvalidConfig(f"this is a {peft_type} adapter, which is not hosted here: {wanted}")
     raise InvalidConfig(wanted)

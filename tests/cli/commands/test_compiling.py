@@ -18,7 +18,7 @@ from tests.conftest import CORPUS, Server
 
 
 def test_a_text_is_compiled_and_published(server: Server, run: Run, model: Path, tmp_path: Path) -> None:
-    """The folder holds what `compile_prefix` returns, and its recipe names the file, not where it was."""
+    """The folder holds what `compile_prefix` returns, and says the names of text and model, not where they were."""
     (tmp_path / "rules.txt").write_text(TEXT)
     done = run("compile", "--model", model, "--text", tmp_path / "rules.txt", tmp_path / "rules", "--for", "compiled")
     assert done.returncode == 0, done.stderr
@@ -28,6 +28,8 @@ def test_a_text_is_compiled_and_published(server: Server, run: Run, model: Path,
     assert done.stdout.startswith(f"compiled {len(expected.token_ids or ())} tokens to {tmp_path / 'rules'}: ")
     found = load_file(tmp_path / "rules" / "adapter_model.safetensors")["prompt_embeddings"]
     assert found.equal(expected.flat)
+    config = json.loads((tmp_path / "rules" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == model.name
     published = run("publish", tmp_path / "rules", "compiled/rules")
     assert published.returncode == 0, published.stderr
     with PrefixClient(server.url, server.admin_key) as client:

@@ -121,7 +121,8 @@ def compile_(
     if task is not None and not adapters:
         raise typer.BadParameter(f"--task {task} belongs to an ADAPTER_FOLDER: leave it out")
     with quiet_transformers():
-        config = loaded(model, lambda: auto_class("AutoConfig").from_pretrained(model))
+        with working(f"reading the config of {model}"):  # seconds, if the hub does not answer
+            config = loaded(model, lambda: auto_class("AutoConfig").from_pretrained(model))
         check_compiles(config)
         if text is not None:
             jobs = list(_texts(model, text, role.value, folder))

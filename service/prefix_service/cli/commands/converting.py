@@ -42,5 +42,5 @@ def convert(
     for line in (f"opened {source} with {conversion.opened}", f"found {conversion.found}"):
         say(line)
     if left_out := conversion.left_out:
-        say(f"left out {len(left_out)} entries that are not part of the prefix: {shown_names(left_out)}")
+        say(f"left out {len(left_out)}, not part of the prefix: {shown_names(left_out)}")
     say(f"wrote {output}")

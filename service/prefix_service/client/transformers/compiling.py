@@ -234,7 +234,7 @@ def _compiled(
         "peft_type": "CARTRIDGE",
         "task_type": "CAUSAL_LM",
         "inference_mode": True,
-        "base_model_name_or_path": base or model.name_or_path or None,
+        "base_model_name_or_path": base or _shown_name(model.name_or_path) or None,
         "num_virtual_tokens": tokens,
         "num_frozen_tokens": 0,
         "num_layers": layers,

@@ -16,6 +16,7 @@ from torch import Tensor
 from prefix_service.checkpoints.sources import TensorFiles, readable
 from prefix_service.client.transformers.devices import input_device
 from prefix_service.errors import DimensionMismatch, InvalidCheckpoint, InvalidConfig, InvalidRequest
+from prefix_service.prefix.config import SOFT_PROMPTS
 from prefix_service.prefix.file_names import CONFIG_NAME, WEIGHTS_NAME
 from prefix_service.prefix.json_text import MAX_BASE_CONFIG_BYTES, parse_config_json, shown
 from prefix_service.prefix.layouts import Shape, shown_names
@@ -23,8 +24,6 @@ from prefix_service.prefix.layouts import Shape, shown_names
 HOW_TO_GET_PEFT: Final = "PEFT is not installed: pip install 'prefix-service[compile]'"
 _MULTITASK: Final = "MULTITASK_PROMPT_TUNING"
 _OF_TASKS: Final = ("prefix_task_cols", "prefix_task_rows")
-SOFT_PROMPTS: Final = ("PROMPT_TUNING", "P_TUNING", _MULTITASK, "CPT")
-"""The types of PEFT whose virtual tokens stand in front of the input as embeddings."""
 
 
 @dataclass(frozen=True, slots=True)
