@@ -6,14 +6,17 @@ import socket
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+import sqlalchemy as sa
 import torch
 from safetensors.torch import load, load_file, save
 
+from prefix_service.catalog.schema import tenants, usage
 from tests.conftest import CORPUS, Server
 
 MEDIA_TYPE = "application/vnd.safetensors"
@@ -128,6 +131,16 @@ def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
     assert found.dtype == expected.dtype
     assert found.shape == expected.shape
     assert torch.equal(found.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8))
+
+
+def count_reads(server: Server, at: datetime, tenant: str, adapter: str, version: int, *keys: str) -> None:
+    """Writes into the catalog that each of these keys read a version once, in the hour of `at` (UTC)."""
+    hour = at.replace(minute=0, second=0, microsecond=0, tzinfo=None)
+    once = {"requests": 1, "bytes": 1, "cold_loads": 1, "prefix_tokens": 1}
+    with server.writing() as catalog:
+        id_ = catalog.scalar(sa.select(tenants.c.id).where(tenants.c.name == tenant))
+        read = {"hour": hour, "tenant_id": id_, "adapter": adapter, "version": version, **once}
+        catalog.execute(sa.insert(usage), [{**read, "key_id": key} for key in keys])
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,8 @@ def adapter(server: Server) -> str:
 def get(server: Server, folder: Path, reference: str, **options: Any) -> tuple[torch.Tensor, list[int]]:
     """Fetches as a worker that has just started; returns the tensor, and the statuses of its requests."""
     through = Counting()
-    key = options.pop("key", server.admin_key)
-    with PrefixClient(server.url, key, cache_dir=folder, http=through, **options) as client:
+    url, key = options.pop("url", server.url), options.pop("key", server.admin_key)
+    with PrefixClient(url, key, cache_dir=folder, http=through, **options) as client:
         return client.get(reference).kv.tensor, through.statuses
 
 
@@ -133,8 +133,7 @@ def test_other_callers_and_services_find_nothing(server: Server, adapter: str, t
     get(server, tmp_path, f"{adapter}@1")
     assert get(server, tmp_path, f"{adapter}@1", key=server.key("read", "disk"))[1] == [200]
     port = server.url.rpartition(":")[2]
-    other = Server(f"http://localhost:{port}", server.data_dir, server.admin_key, server.process, server.log)
-    assert get(other, tmp_path, f"{adapter}@1")[1] == [200]
+    assert get(server, tmp_path, f"{adapter}@1", url=f"http://localhost:{port}")[1] == [200]
     assert get(server, tmp_path, f"{adapter}@1")[1] == []
     assert server.admin_key.encode() not in b"".join(path.read_bytes() for path in files(tmp_path))
 
