@@ -19,7 +19,7 @@ from prefix_service.client.cache.disk_cache import DiskCache, Entry
 from prefix_service.errors import InvalidRequest
 from tests.client.conftest import GPT2, Counting
 from tests.client.test_client import published
-from tests.conftest import Server, running_server
+from tests.conftest import Publish, Server, running_server
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +55,12 @@ def test_a_version_is_found_again_without_a_request(server: Server, adapter: str
     assert len(files(tmp_path)) == 3
 
 
-def test_what_may_move_is_revalidated(server: Server, tmp_path: Path) -> None:
+def test_what_may_move_is_revalidated(server: Server, publish: Publish, tmp_path: Path) -> None:
     """`latest` costs a 304 while it stays, and is fetched when it has moved."""
     with PrefixClient(server.url, server.admin_key) as client:
         published(client, "disk/moving")
         assert [get(server, tmp_path, "disk/moving")[1] for _ in range(2)] == [[200], [304]]
-        published(client, "disk/moving", GPT2)
+        publish("disk", "moving", GPT2)
         moved, statuses = get(server, tmp_path, "disk/moving")
         assert statuses == [200]
         assert torch.equal(moved, client.get("disk/moving@2").kv.tensor)
