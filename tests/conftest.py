@@ -16,9 +16,12 @@ from typing import Final
 
 import httpx
 import pytest
+import sqlalchemy as sa
 from hypothesis import HealthCheck, settings
 from xdist.remote import Producer
 
+from prefix_service.catalog.database import Database
+from prefix_service.data_folder.opening import catalog_file
 from tests.commands import PREFIX_SERVICE, run_command
 from tests.forked import Forked
 from tests.missing import not_tested
@@ -61,12 +64,37 @@ class Server:
         return client
 
     def key(self, scope: str, tenant: str | None = None) -> str:
-        """Returns a new key, made by the command line on the running service's folder."""
+        """Returns a new key, made by the command line on the running service's catalog."""
         owner = ["--platform"] if tenant is None else ["--tenant", tenant]
-        made = run_command("key", "create", *owner, "--scope", scope, "--data-dir", self.data_dir, "--json")
-        assert made.returncode == 0, made.stderr
-        text: str = json.loads(made.stdout)["key"]
+        text: str = json.loads(self.command("key", "create", *owner, "--scope", scope, "--json"))["key"]
         return text
+
+    def command(self, *arguments: str) -> str:
+        """Runs the command line on the running service's catalog, and returns what it prints."""
+        done = run_command(*arguments, "--data-dir", self.data_dir)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[sa.Connection]:
+        """Yields a transaction on the running service's catalog. The service gets no notification of its changes."""
+        with contextlib.closing(Database(self._catalog())) as database, database.writing() as connection:
+            yield connection
+
+    def folders(self) -> list[Path]:
+        """Returns the data folder of each process that serves."""
+        return [self.data_dir]
+
+    def pids(self) -> list[int]:
+        """Returns the id of each process that serves."""
+        return [self.process.pid]
+
+    def logs(self) -> str:
+        """Returns what all processes that serve have logged."""
+        return self.log.read_text()
+
+    def _catalog(self) -> Path | str:
+        return catalog_file(self.data_dir)
 
     def stop(self) -> None:
         """Asks the service to end, and waits."""

@@ -2,19 +2,24 @@
 sockets."""
 
 import json
+import re
 import socket
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+import sqlalchemy as sa
 import torch
 from safetensors.torch import load, load_file, save
 
+from prefix_service.catalog.schema import tenants, usage
 from tests.conftest import CORPUS, Server
+from tests.processes import is_alive
 
 MEDIA_TYPE = "application/vnd.safetensors"
 Tensors = dict[str, torch.Tensor]
@@ -130,6 +135,16 @@ def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
     assert torch.equal(found.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8))
 
 
+def count_reads(server: Server, at: datetime, tenant: str, adapter: str, version: int, *keys: str) -> None:
+    """Writes into the catalog that each of these keys read a version once, in the hour of `at` (UTC)."""
+    hour = at.replace(minute=0, second=0, microsecond=0, tzinfo=None)
+    once = {"requests": 1, "bytes": 1, "cold_loads": 1, "prefix_tokens": 1}
+    with server.writing() as catalog:
+        id_ = catalog.scalar(sa.select(tenants.c.id).where(tenants.c.name == tenant))
+        read = {"hour": hour, "tenant_id": id_, "adapter": adapter, "version": version, **once}
+        catalog.execute(sa.insert(usage), [{**read, "key_id": key} for key in keys])
+
+
 @dataclass(frozen=True)
 class RawAnswer:
     """An answer as it came over the socket."""
@@ -175,13 +190,17 @@ def head(method: str, path: str, **headers: str) -> bytes:
 
 
 def assert_alive(server: Server) -> None:
-    """Checks that the process that was started still answers."""
-    assert server.process.poll() is None
+    """Checks that each process that was started still runs, and that the service answers."""
+    assert all(map(is_alive, server.pids()))
     assert httpx.get(f"{server.url}/readyz").status_code == 200
 
 
+def memory(server: Server, name: str) -> int:
+    """Returns the bytes that the server's processes have in memory (`VmRSS`), or have had at most (`VmHWM`)."""
+    statuses = [Path(f"/proc/{pid}/status").read_text() for pid in server.pids()]
+    return sum(int(re.findall(rf"{name}:\s+(\d+) kB", status)[0]) << 10 for status in statuses)
+
+
 def peak_memory(server: Server) -> int:
-    """Returns the most bytes that the server has ever had in memory."""
-    status = Path(f"/proc/{server.process.pid}/status").read_text()
-    line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) << 10
+    """Returns the most bytes that the server's processes have ever had in memory."""
+    return memory(server, "VmHWM")

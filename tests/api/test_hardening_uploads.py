@@ -1,7 +1,6 @@
 """A publication takes only the memory that was reserved for it, whatever a caller sends."""
 
 import contextlib
-import re
 import resource
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from tests.api.helpers import CONFIG, assert_alive, problem, upload, versions_path
+from tests.api.helpers import CONFIG, assert_alive, memory, problem, upload, versions_path
 from tests.conftest import Server, running_server
 
 MIB = 1 << 20
@@ -40,18 +39,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield running
 
 
-def memory(server: Server, name: str) -> int:
-    """Returns the bytes that the server has in memory (`VmRSS`), or has had at most (`VmHWM`)."""
-    status = Path(f"/proc/{server.process.pid}/status").read_text()
-    found = re.search(rf"{name}:\s+(\d+) kB", status)
-    assert found is not None
-    return int(found[1]) << 10
-
-
 @contextlib.contextmanager
 def takes_at_most(server: Server, nbytes: int) -> Iterator[None]:
     """Checks that the server's memory rises by at most this many bytes while the block runs."""
-    Path(f"/proc/{server.process.pid}/clear_refs").write_text("5")  # the peak is that of now
+    for pid in server.pids():
+        Path(f"/proc/{pid}/clear_refs").write_text("5")  # the peak is that of now
     before = memory(server, "VmRSS")
     yield
     rise = memory(server, "VmHWM") - before
@@ -114,6 +106,7 @@ def test_activations_without_end_are_refused(server: Server) -> None:
     assert "the config's sizes make 1099511627776 bytes" in body["detail"]
 
 
+@pytest.mark.one_process("each process bounds the memory of its own work")
 def test_many_large_uploads(server: Server) -> None:
     """Five large uploads of one tenant wait for each other's memory, while a neighbour's small one is made."""
     files = [large(seed) for seed in range(5)]

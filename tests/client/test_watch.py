@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from prefix_service.catalog.database import Database
 from prefix_service.catalog.schema import changes
 from prefix_service.client import PrefixClient, Watch, WatchedChange
 from prefix_service.client.flows import watched
@@ -196,11 +195,9 @@ def test_missed_changes_are_reported(
     place.leave()
     for version in (2, 1, 2):
         publisher.put_alias(adapter, "prod", version)
-    database = Database(server.data_dir / "catalog.sqlite")
-    with database.writing() as connection:
+    with server.writing() as catalog:
         latest = sa.select(sa.func.max(changes.c.revision)).scalar_subquery()
-        connection.execute(sa.delete(changes).where(changes.c.revision < latest))
-    database.close()
+        catalog.execute(sa.delete(changes).where(changes.c.revision < latest))
     place.become("passes")
     place.listen()
     until(lambda: seen, "the watch has begun again")

@@ -10,7 +10,6 @@ spreads its requests itself.
 
 import contextlib
 import functools
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ from tests.postgresql import PostgreSQL, binaries
 from tests.seaweedfs import SeaweedFS
 
 _SKIPPED: Final = "ONE PROCESS ALONE: "
+_ON_A_FLEET: Final = ("on a fleet", True)
 _FOLDERS: Final = {
     "framing": "HAProxy reads requests first",
     "server": "it is about connections, and HAProxy has those of callers",
@@ -72,14 +72,27 @@ class FleetServer(Server):
                 headers = {"Authorization": key, "Prefix-Min-Revision": revision}
                 self._direct.get(f"{server.url}/v1/whoami", headers=headers)
 
-    def key(self, scope: str, tenant: str | None = None) -> str:
-        """Returns a new key, made by the command line on the catalog."""
-        owner = ["--platform"] if tenant is None else ["--tenant", tenant]
-        where = ("--data-dir", self._fleet.data_dir(0), "--json")
-        made = run_command("key", "create", *owner, "--scope", scope, *where, environment=self._fleet.environment)
-        assert made.returncode == 0, made.stderr
-        text: str = json.loads(made.stdout)["key"]
-        return text
+    def command(self, *arguments: str) -> str:
+        """Runs the command line on the catalog, and returns what it prints."""
+        where = ("--data-dir", self._fleet.data_dir(0))
+        done = run_command(*arguments, *where, environment=self._fleet.environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def folders(self) -> list[Path]:
+        """Returns the data folder of each replica."""
+        return [server.data_dir for server in self._fleet.servers.values()]
+
+    def pids(self) -> list[int]:
+        """Returns the id of each replica's process."""
+        return [server.process.pid for server in self._fleet.servers.values()]
+
+    def logs(self) -> str:
+        """Returns what all replicas have logged."""
+        return "".join(server.log.read_text() for server in self._fleet.servers.values())
+
+    def _catalog(self) -> str:
+        return self._fleet.environment["PREFIX_CATALOG_URL"]
 
     def stop(self) -> None:
         """Closes the clients; the replicas end with their fleet."""
@@ -95,7 +108,7 @@ class FleetSuite:
         self._postgresql: PostgreSQL | None = None
         self._seaweedfs: SeaweedFS | None = None
         self._engines: dict[Path, Engines] = {}
-        self._is_used = False
+        self._test: pytest.Item | None = None  # that runs
         self._counts: Counter[str] = Counter()
         self._ports: dict[Path, list[int]] = {}  # of the replicas on a folder
         self._addresses: dict[str, list[str]] = {}  # of the replicas, by that of HAProxy
@@ -144,8 +157,9 @@ class FleetSuite:
                 server.stop()
 
     def note_use(self) -> None:
-        """Notes that the present test asks a fleet."""
-        self._is_used = True
+        """Notes that the present test asks a fleet, in its report, which may be of another process."""
+        if self._test is not None and _ON_A_FLEET not in self._test.user_properties:
+            self._test.user_properties.append(_ON_A_FLEET)
 
     def _servers(self) -> tuple[PostgreSQL, SeaweedFS]:
         if self._postgresql is None or self._seaweedfs is None:
@@ -159,15 +173,17 @@ class FleetSuite:
             if reason := marker.args[0] if marker else _FOLDERS.get(item.path.parent.name):
                 item.add_marker(pytest.mark.skip(reason=f"{_SKIPPED}{reason}"))
 
-    def pytest_runtest_setup(self) -> None:
-        self._is_used = False
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        self._test = item
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.skipped:
             says = report.longrepr[2] if isinstance(report.longrepr, tuple) else ""
             self._counts["need one process" if _SKIPPED in says else "skipped"] += 1
         elif report.when == "call":
-            self._counts[("passed" if report.passed else "FAILED") + (" on a fleet" if self._is_used else "")] += 1
+            used = _ON_A_FLEET in map(tuple, report.user_properties)
+            self._counts[("passed" if report.passed else "FAILED") + (" on a fleet" if used else "")] += 1
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("fleet")

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -315,3 +316,15 @@ def test_a_replica_that_only_reads(fleet: Fleet) -> None:
         eventually(lambda: version_at(reader, "read-only@prod") == "2")
         problem(reader.put(f"{ADAPTER}/read-only/aliases/prod", json={"version": 1}), 403, "read-only")
         assert len(reader.get("/v1/replicas").json()["items"]) <= 2
+
+
+def test_a_replica_ends_in_order_without_postgresql(fleet: Fleet) -> None:
+    """SIGTERM ends it with status 0, soon and without a traceback, although it can neither leave the list of replicas
+    nor write which keys were used."""
+    folder = data_dir(fleet.servers[0].data_dir.parent, "ends")
+    with running_server(folder, environment=fleet.environment) as server:
+        assert server.client(fleet.servers[0].admin_key).get("/v1/whoami").status_code == 200
+        with fleet.postgresql.away():
+            server.process.send_signal(signal.SIGTERM)
+            assert server.process.wait(25) == 0
+        assert "Traceback" not in server.log.read_text()

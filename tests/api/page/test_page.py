@@ -2,22 +2,21 @@
 
 import json
 import re
-import sqlite3
-from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import sqlalchemy as sa
 import torch
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, Route, expect
 from safetensors.torch import save
 
-from prefix_service.data_folder.opening import catalog_file
+from prefix_service.catalog.schema import usage, versions
 from prefix_service.prefix.kv import PrefixKV
-from tests.api.helpers import CONFIG, upload, weights
+from tests.api.helpers import CONFIG, count_reads, upload, weights
 from tests.api.page.conftest import HOSTILE, Seen, publish
 from tests.conftest import Server
 
@@ -97,6 +96,7 @@ def test_a_reader_sees_what_it_may(service: Server, seen: Seen) -> None:
     expect(seen.page.get_by_role("button", name=re.compile("Pin|Delete|move|New alias"))).to_have_count(0)
 
 
+@pytest.mark.one_process("each replica counts its own requests")
 def test_now_is_live(service: Server, admin_page: Seen) -> None:
     """The view shows requests that come after it was opened, and explains refusals."""
     page = admin_page.page
@@ -165,6 +165,7 @@ def _pixels(page: Page, title: str) -> str:
     return found
 
 
+@pytest.mark.one_process("what is in memory is each replica's own")
 def test_memory_by_tenant_adapter_and_form(service: Server, admin_page: Seen) -> None:
     """A map of each budget down to forms: each box is read by pointer, hatched if it is pinned, and chosen to pin its
     version; what the service advises is there, with the versions that it names."""
@@ -172,9 +173,10 @@ def test_memory_by_tenant_adapter_and_form(service: Server, admin_page: Seen) ->
     client.put("/v1/tenants/acme/adapters/summarize@2/residency", json={"pinned": True})
     for dtype in ("float32", "float16"):
         assert client.get("/v1/tenants/acme/adapters/summarize@2/prefix", params={"dtype": dtype}).status_code == 200
-    with closing(sqlite3.connect(catalog_file(service.data_dir))) as catalog, catalog:
-        catalog.execute("UPDATE versions SET created = '2020-01-01 00:00:00' WHERE number = 2")
-        catalog.execute("DELETE FROM usage WHERE version = 2")
+    with service.writing() as catalog:
+        old = datetime.fromisoformat("2020-01-01")
+        catalog.execute(sa.update(versions).where(versions.c.number == 2).values(created=old))
+        catalog.execute(sa.delete(usage).where(usage.c.version == 2))
 
     def only_pinned(route: Route) -> None:
         found = route.fetch()
@@ -316,11 +318,7 @@ def test_a_quota_that_is_reached(service: Server, admin_page: Seen, adapter_fold
 
 def _count_reads(service: Server, adapter: str, version: int, *keys: str) -> None:
     """Has the catalog count a read of a version in this hour by each key."""
-    hour = f"{datetime.now(UTC):%Y-%m-%d %H}:00:00"
-    with closing(sqlite3.connect(catalog_file(service.data_dir))) as catalog, catalog:
-        for key in keys:
-            add = "INSERT INTO usage SELECT ?, id, ?, ?, ?, 1, 1, 1, 1 FROM tenants WHERE name = 'acme'"
-            catalog.execute(add, (hour, adapter, version, key))
+    count_reads(service, datetime.now(UTC), "acme", adapter, version, *keys)
 
 
 def test_an_alias_is_moved_and_rolled_back(service: Server, admin_page: Seen) -> None:

@@ -7,7 +7,6 @@ import httpx
 import pytest
 
 from tests.api.helpers import problem, upload, weights
-from tests.commands import run_command
 from tests.conftest import Server
 
 Entry = dict[str, Any]
@@ -107,8 +106,7 @@ def test_a_namesake_does_not_inherit(server: Server, admin: httpx.Client) -> Non
 def test_the_platforms_own_changes(server: Server, admin: httpx.Client) -> None:
     """Entries of platform keys have no tenant, and those of the command line name it."""
     made = admin.post("/v1/keys", json={"scope": "read"}).json()
-    done = run_command("key", "revoke", made["id"], "--platform", "--data-dir", server.data_dir)
-    assert done.returncode == 0, done.stderr
+    server.command("key", "revoke", made["id"], "--platform")
     last = entries(admin, "/v1/audit")[-2:]
     assert [(entry["action"], entry["tenant"], entry["target"]) for entry in last] == [
         ("key.created", None, made["id"]),

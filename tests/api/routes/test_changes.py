@@ -17,7 +17,6 @@ import sqlalchemy as sa
 from prefix_service.api.app import create_app
 from prefix_service.api.http.opaque import Revisions
 from prefix_service.catalog.changes import catalog_id
-from prefix_service.catalog.database import Database
 from prefix_service.catalog.records import Principal
 from prefix_service.catalog.schema import changes
 from prefix_service.settings import Settings
@@ -138,11 +137,9 @@ def test_what_is_no_longer_kept_is_gone(watched: Watched) -> None:
     before = watched.now("acme read")
     for _ in range(2):
         watched.move("acme")
-    database = Database(watched.server.data_dir / "catalog.sqlite")
-    with database.writing() as connection:
+    with watched.server.writing() as catalog:
         latest = sa.select(sa.func.max(changes.c.revision)).scalar_subquery()
-        connection.execute(sa.delete(changes).where(changes.c.revision < latest))
-    database.close()
+        catalog.execute(sa.delete(changes).where(changes.c.revision < latest))
     for headers in ({}, STREAM):
         answer = watched.clients["acme read"].get(PATH, params={"since": before}, headers=headers)
         problem(answer, 410, "gone")
@@ -242,10 +239,8 @@ def test_a_read_may_ask_for_a_revision(watched: Watched) -> None:
 
 def test_every_answer_names_the_catalog(watched: Watched) -> None:
     """Every answer has the id that the catalog keeps."""
-    database = Database(watched.server.data_dir / "catalog.sqlite")
-    with database.reading() as connection:
-        expected = catalog_id(connection)
-    database.close()
+    with watched.server.writing() as catalog:
+        expected = catalog_id(catalog)
     path = "/v1/tenants/acme/adapters/a/prefix"
     tag = watched.admin.get(path).headers["etag"]
     answers = [

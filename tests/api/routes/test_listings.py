@@ -1,18 +1,17 @@
 """Listings of versions, keys and residency come in pages that are bounded in items and bytes."""
 
 import json
-import sqlite3
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
 import httpx
 import pytest
+import sqlalchemy as sa
 
 from prefix_service.api.dependencies.pagination import NAMES, cursor_of
-from prefix_service.data_folder.opening import catalog_file
+from prefix_service.catalog.schema import versions
 from prefix_service.library.pages import PAGE_BYTES
 from tests.api.helpers import problem, upload, weights
 from tests.conftest import Server, running_server
@@ -179,19 +178,15 @@ def test_limits_are_bounded(own: Server, path: str, limit: str) -> None:
     problem(own.client().get(path, params={"limit": limit}), 422, "invalid-request")
 
 
-def copied(catalog: Path, count: int, base_model: str) -> None:
-    """Makes so many copies of the first version of adapter `a`, each with a long name of its base model."""
-    with closing(sqlite3.connect(catalog)) as connection, connection:
-        row = connection.execute("SELECT * FROM versions WHERE number = 1 AND adapter_id = 1")
-        columns, found = [column[0] for column in row.description], row.fetchone()
-        values = dict(zip(columns, found, strict=True))
+def copied(server: Server, count: int, base_model: str) -> None:
+    """Makes so many copies of the service's one version, each with a long name of its base model."""
+    with server.writing() as catalog:
+        values = dict(catalog.execute(sa.select(versions)).mappings().one())
         manifest = json.loads(values["manifest"])
         manifest["config"]["base_model_name_or_path"] = base_model
         values |= {"manifest": json.dumps(manifest), "base_model": base_model}
-        marks = ",".join("?" * len(columns))
-        for n in range(count):
-            changed = values | {"id": 1000 + n, "number": 1000 + n, "digest": f"sha256:{n}"}
-            connection.execute(f"INSERT INTO versions VALUES ({marks})", list(changed.values()))  # noqa: S608
+        changes = [{"id": 1000 + n, "number": 1000 + n, "digest": f"sha256:{n}"} for n in range(count)]
+        catalog.execute(sa.insert(versions), [values | change for change in changes])
 
 
 def test_a_page_is_bounded_in_bytes(tmp_path: Path) -> None:
@@ -199,7 +194,7 @@ def test_a_page_is_bounded_in_bytes(tmp_path: Path) -> None:
     with running_server(tmp_path / "data") as server:
         client = server.client()
         assert upload(client, TENANT, "a").status_code == 201
-        copied(catalog_file(server.data_dir), 300, "x" * 30_000)
+        copied(server, 300, "x" * 30_000)
         first = client.get(VERSIONS, params={"limit": 1000})
         assert PAGE_BYTES <= len(first.content) < PAGE_BYTES + 40_000
         found = followed(client, VERSIONS, 1000)
@@ -213,7 +208,7 @@ def test_metadata_names_the_newest_thousand_versions(tmp_path: Path) -> None:
     with running_server(tmp_path / "data") as server:
         client = server.client()
         assert upload(client, TENANT, "a").status_code == 201
-        copied(catalog_file(server.data_dir), 1200, "x")
+        copied(server, 1200, "x")
         metadata = client.get(f"/v2/models/{TENANT}/a").json()
         assert metadata["versions"] == list(map(str, range(1200, 2200)))
         assert client.get(f"/v2/models/{TENANT}/a/versions/1").status_code == 200

@@ -1,18 +1,17 @@
 """The overview of memory names renderings, and advice says in words what an operator may do."""
 
-import sqlite3
 from collections.abc import Iterator
-from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx
 import pytest
+import sqlalchemy as sa
 import torch
 from safetensors.torch import save
 
-from prefix_service.data_folder.opening import catalog_file
-from tests.api.helpers import CONFIG, problem, upload
+from prefix_service.catalog.schema import adapters, tenants, versions
+from tests.api.helpers import CONFIG, count_reads, problem, upload
 from tests.conftest import Server
 
 TENANT = "remembered"
@@ -28,11 +27,10 @@ def admin(server: Server) -> Iterator[httpx.Client]:
         flat = torch.randn(_TOKENS, 32, generator=torch.Generator().manual_seed(seed))
         config = {**CONFIG, "num_virtual_tokens": _TOKENS}
         assert upload(client, TENANT, "a", config, save({"prompt_embeddings": flat})).status_code == 201
-    with closing(sqlite3.connect(catalog_file(server.data_dir))) as catalog, catalog:
-        old = f"{datetime.now(UTC) - timedelta(days=8):%Y-%m-%d %H:%M:%S}"
-        of_tenant = "SELECT a.id FROM adapters a JOIN tenants t ON t.id = a.tenant_id WHERE t.name = ?"
-        change = f"UPDATE versions SET created = ? WHERE number < 3 AND adapter_id IN ({of_tenant})"  # noqa: S608
-        catalog.execute(change, (old, TENANT))
+    with server.writing() as catalog:
+        of_tenant = sa.select(adapters.c.id).join(tenants).where(tenants.c.name == TENANT)
+        old = sa.update(versions).where(versions.c.number < 3, versions.c.adapter_id.in_(of_tenant))
+        catalog.execute(old.values(created=datetime.now(UTC).replace(tzinfo=None) - timedelta(days=8)))
     yield client
     client.delete(f"/v1/tenants/{TENANT}")
 
@@ -43,6 +41,7 @@ def resident(client: httpx.Client) -> list[dict[str, Any]]:
     return sorted((one for one in page["resident"] if one["tenant"] == TENANT), key=lambda one: one["version"])
 
 
+@pytest.mark.one_process("what is in memory is each replica's own")
 def test_renderings_are_named(admin: httpx.Client) -> None:
     """Each with its dtype, its layers and heads, its bytes and its lookups; the largest come first, and at most 8."""
     queries = ["", "", "dtype=float32", "layers=1:2&kv_heads=0:1"]
@@ -70,6 +69,7 @@ def test_renderings_are_named(admin: httpx.Client) -> None:
     assert sizes == sorted(sizes, reverse=True)
 
 
+@pytest.mark.one_process("what is in memory is each replica's own")
 def test_pinned_versions_that_nobody_reads(server: Server, admin: httpx.Client) -> None:
     """Those that are pinned and old enough, until the catalog has a read of the last 7 days, by whichever process."""
 
@@ -90,11 +90,7 @@ def test_pinned_versions_that_nobody_reads(server: Server, admin: httpx.Client) 
     assert found["versions"] == [
         {"tenant": TENANT, "adapter": "a", "version": number, "nbytes": nbytes} for number in (1, 2)
     ]
-    with closing(sqlite3.connect(catalog_file(server.data_dir))) as catalog, catalog:
-        hour = f"{datetime.now(UTC) - timedelta(days=6):%Y-%m-%d %H}:00:00"
-        catalog.execute(
-            "INSERT INTO usage SELECT ?, id, 'a', 1, 'k', 1, 1, 1, 1 FROM tenants WHERE name = ?", (hour, TENANT)
-        )
+    count_reads(server, datetime.now(UTC) - timedelta(days=6), TENANT, "a", 1, "k")
     (found,) = advice()
     assert found["text"].startswith("1 pinned version unread for 7 days holds ")
     for number in (1, 2, 3):

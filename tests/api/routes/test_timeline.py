@@ -1,15 +1,12 @@
 """The timeline of a version has its changes and its reads in order, for its tenant's admin alone."""
 
-import sqlite3
 from collections.abc import Iterator
-from contextlib import closing
 from datetime import UTC, datetime, timedelta
 
 import httpx
 import pytest
 
-from prefix_service.data_folder.opening import catalog_file
-from tests.api.helpers import problem, upload, weights
+from tests.api.helpers import count_reads, problem, upload, weights
 from tests.conftest import Server
 
 TENANT = "storied"
@@ -42,10 +39,8 @@ def test_changes_and_reads_in_order(server: Server, admin: httpx.Client) -> None
     assert found[1]["change"]["details"] == {"pinned": True}
     this = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
     hours = [this + timedelta(hours=1), this - timedelta(days=91)]
-    with closing(sqlite3.connect(catalog_file(server.data_dir))) as catalog, catalog:
-        add = "INSERT INTO usage SELECT ?, id, 'a', ?, 'k', 1, 1, 1, 1 FROM tenants WHERE name = ?"
-        for hour in hours:
-            catalog.execute(add, (f"{hour:%Y-%m-%d %H:%M:%S}", 1, TENANT))
+    for hour in hours:
+        count_reads(server, hour, TENANT, "a", 1, "k")
     found = admin.get(path).json()["items"]
     assert [one["kind"] for one in found] == [*kinds, "first-read", "last-read"]
     assert {one["at"] for one in found[-2:]} == {f"{hours[0]:%Y-%m-%dT%H:%M:%SZ}"}

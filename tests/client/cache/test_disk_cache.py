@@ -19,7 +19,7 @@ from prefix_service.client.cache.disk_cache import DiskCache, Entry
 from prefix_service.errors import InvalidRequest
 from tests.client.conftest import GPT2, Counting
 from tests.client.test_client import published
-from tests.conftest import Server, running_server
+from tests.conftest import Publish, Server, running_server
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +33,8 @@ def adapter(server: Server) -> str:
 def get(server: Server, folder: Path, reference: str, **options: Any) -> tuple[torch.Tensor, list[int]]:
     """Fetches as a worker that has just started; returns the tensor, and the statuses of its requests."""
     through = Counting()
-    key = options.pop("key", server.admin_key)
-    with PrefixClient(server.url, key, cache_dir=folder, http=through, **options) as client:
+    url, key = options.pop("url", server.url), options.pop("key", server.admin_key)
+    with PrefixClient(url, key, cache_dir=folder, http=through, **options) as client:
         return client.get(reference).kv.tensor, through.statuses
 
 
@@ -55,12 +55,12 @@ def test_a_version_is_found_again_without_a_request(server: Server, adapter: str
     assert len(files(tmp_path)) == 3
 
 
-def test_what_may_move_is_revalidated(server: Server, tmp_path: Path) -> None:
+def test_what_may_move_is_revalidated(server: Server, publish: Publish, tmp_path: Path) -> None:
     """`latest` costs a 304 while it stays, and is fetched when it has moved."""
     with PrefixClient(server.url, server.admin_key) as client:
         published(client, "disk/moving")
         assert [get(server, tmp_path, "disk/moving")[1] for _ in range(2)] == [[200], [304]]
-        published(client, "disk/moving", GPT2)
+        publish("disk", "moving", GPT2)
         moved, statuses = get(server, tmp_path, "disk/moving")
         assert statuses == [200]
         assert torch.equal(moved, client.get("disk/moving@2").kv.tensor)
@@ -133,8 +133,7 @@ def test_other_callers_and_services_find_nothing(server: Server, adapter: str, t
     get(server, tmp_path, f"{adapter}@1")
     assert get(server, tmp_path, f"{adapter}@1", key=server.key("read", "disk"))[1] == [200]
     port = server.url.rpartition(":")[2]
-    other = Server(f"http://localhost:{port}", server.data_dir, server.admin_key, server.process, server.log)
-    assert get(other, tmp_path, f"{adapter}@1")[1] == [200]
+    assert get(server, tmp_path, f"{adapter}@1", url=f"http://localhost:{port}")[1] == [200]
     assert get(server, tmp_path, f"{adapter}@1")[1] == []
     assert server.admin_key.encode() not in b"".join(path.read_bytes() for path in files(tmp_path))
 
