@@ -132,7 +132,8 @@ def test_what_cannot_be_compiled_is_said(
     (tmp_path / "empty").mkdir()
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "CARTRIDGE", "num_virtual_tokens": 1}')
     (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks" / "adapter_config.json").write_text('{"peft_type": "MULTITASK_PROMPT_TUNING"}')
+    tasks = '{"peft_type": "MULTITASK_PROMPT_TUNING", "num_virtual_tokens": 2}'
+    (tmp_path / "tasks" / "adapter_config.json").write_text(tasks)
     weights = {"prompt_embeddings": torch.zeros(2, 32), "prefix_task_cols": torch.zeros(3, 2, 1)}
     save_file(weights, tmp_path / "tasks" / "adapter_model.safetensors")
     done = run(*words.format(model=model, folder=tmp_path, t5=CORPUS / "bases" / "t5").split())
