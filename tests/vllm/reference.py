@@ -125,9 +125,6 @@ def make_reference(
     """Writes a model, a Llama if there is no config of another, and its adapters."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config or _llama())  # type: ignore[no-untyped-call]
-    for name, parameter in model.named_parameters():
-        if name.endswith("correct_output_scale"):  # Gemma 3n's: 0 at first, which would turn its per-layer inputs off
-            torch.nn.init.ones_(parameter)
     model.save_pretrained(folder / "model")
     for name in adapters:
         torch.manual_seed(100 + list(TOKENS).index(name))
