@@ -59,6 +59,8 @@ def _begin(environment: dict[str, str], folder: str, log: str) -> None:
 
 def main() -> None:
     """Answers lines until stdin ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # some versions of vLLM print warnings when they are imported, which are no answers
     forking = multiprocessing.get_context("forkserver")
     forking.set_forkserver_preload(["vllm.entrypoints.openai.api_server", "vllm.v1.worker.cpu_worker"])
     programs: dict[int | None, Any] = {}
@@ -72,7 +74,7 @@ def main() -> None:
         else:
             programs[asked["wait"]].join(asked["seconds"])
             answer = {"status": programs[asked["wait"]].exitcode}
-        print(json.dumps(answer), flush=True)  # noqa: T201 - stdout is where answers go
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 def run(asked: dict[str, Any]) -> None:

@@ -200,7 +200,7 @@ def _of_soft_prompt(model: Model, prompt: SoftPrompt, progress: Progress | None)
     if getattr(decoder_of(model).config, "hidden_size_per_layer_input", None):
         raise InvalidRequest(
             f"{type(model).__name__} looks up its layers' inputs by token ids, which virtual tokens do not have (PEFT "
-            "fails there): a soft prompt cannot be compiled for it"
+            "fails there, or leaves out those of the input's tokens too): a soft prompt cannot be compiled for it"
         )
     given = _Input("inputs_embeds", embeddings(model, prompt))
     recipe = {"from": prompt.peft_type, "peft": version("peft")}
