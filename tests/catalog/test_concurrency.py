@@ -15,13 +15,13 @@ from prefix_service.catalog.keys import Keyring
 from prefix_service.catalog.records import Quotas
 from prefix_service.catalog.schema import adapters, aliases, tenants, versions
 from prefix_service.catalog.tenants import Tenants
-from prefix_service.errors import Conflict, NotFound, PreconditionFailed, QuotaExceeded, Unauthenticated
+from prefix_service.errors import Conflict, NotFound, PreconditionFailed, QuotaExceeded, Unauthenticated, Unavailable
 from prefix_service.prefix.references import parse_reference
 from tests.catalog.conftest import BY, Content, HoldingCatalog, on_postgresql, remove_deleted
 
 SECONDS = 3.0
-REFUSALS = (Conflict, NotFound, PreconditionFailed, QuotaExceeded, Unauthenticated)
-"""What may come of others' changes. A deadlock, or a row that vanished under a foreign key, is a StorageFailed."""
+REFUSALS = (Conflict, NotFound, PreconditionFailed, QuotaExceeded, Unauthenticated, Unavailable)
+"""What may come of others' changes; a collector without a grace period takes what a publisher has just held. A deadlock, or a row that vanished under a foreign key, is a StorageFailed."""
 
 
 class Worker:
