@@ -21,7 +21,8 @@ from tests.catalog.conftest import BY, Content, HoldingCatalog, on_postgresql, r
 
 SECONDS = 3.0
 REFUSALS = (Conflict, NotFound, PreconditionFailed, QuotaExceeded, Unauthenticated, Unavailable)
-"""What may come of others' changes; a collector without a grace period takes what a publisher has just held. A deadlock, or a row that vanished under a foreign key, is a StorageFailed."""
+"""What may come of others' changes; a collector without a grace period takes what a publisher has just held. A
+deadlock, or a row that vanished under a foreign key, is a StorageFailed."""
 
 
 class Worker:
