@@ -10,6 +10,7 @@ import gc
 import json
 import socket
 import struct
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -117,8 +118,11 @@ def test_no_connection_waits_for_a_collection(tmp_path: Path, parser: Any, loop:
         return left
 
     factory = pytest.importorskip("uvloop").new_event_loop if loop == "uvloop" else None
+    switch = sys.getswitchinterval()
     try:
         with asyncio.Runner(loop_factory=factory) as runner:
             assert runner.run(run()) == {}
-    finally:
+    finally:  # the service prepares a process of its own, and this one runs other tests too
         gc.enable()
+        gc.unfreeze()
+        sys.setswitchinterval(switch)

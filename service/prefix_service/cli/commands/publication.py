@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Extras:
-    """What the caller of `publish` adds to an adapter's files.
+    """Optional inputs that are published with an adapter's files.
 
     `base_config` is the base model's `config.json`. `base_model` and `annotations` replace those of the adapter's
     folder.
