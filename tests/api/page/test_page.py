@@ -19,6 +19,7 @@ from prefix_service.prefix.kv import PrefixKV
 from tests.api.helpers import CONFIG, count_reads, upload, weights
 from tests.api.page.conftest import HOSTILE, Seen, publish
 from tests.conftest import Server
+from tests.processes import eventually
 
 VIEWS = {
     "now": "Now",
@@ -171,8 +172,15 @@ def test_memory_by_tenant_adapter_and_form(service: Server, admin_page: Seen) ->
     version; what the service advises is there, with the versions that it names."""
     client, page = service.client(), admin_page.page
     client.put("/v1/tenants/acme/adapters/summarize@2/residency", json={"pinned": True})
+    reader = client.post("/v1/tenants/acme/keys", json={"scope": "read", "name": "reader"}).json()
     for dtype in ("float32", "float16"):
-        assert client.get("/v1/tenants/acme/adapters/summarize@2/prefix", params={"dtype": dtype}).status_code == 200
+        answer = service.client(reader["key"]).get(
+            "/v1/tenants/acme/adapters/summarize@2/prefix", params={"dtype": dtype}
+        )
+        assert answer.status_code == 200
+    # The service counts reads later: what it has not counted yet would be there again once it was deleted.
+    counted = sa.select(sa.func.sum(usage.c.requests)).where(usage.c.key_id == reader["id"])
+    eventually(lambda: _scalar(service, counted) == 2)
     with service.writing() as catalog:
         old = datetime.fromisoformat("2020-01-01")
         catalog.execute(sa.update(versions).where(versions.c.number == 2).values(created=old))
@@ -210,6 +218,11 @@ def test_memory_by_tenant_adapter_and_form(service: Server, admin_page: Seen) ->
     expect(chosen.get_by_role("button", name="Pin", exact=True)).to_be_visible()
     assert _pixels(page, "Device memory") != hatched
     client.delete("/v1/tenants/acme/adapters/summarize@2/residency")
+
+
+def _scalar(service: Server, query: sa.Select[Any]) -> Any:
+    with service.writing() as catalog:
+        return catalog.scalar(query)
 
 
 def _overview(overview: dict[str, Any]) -> dict[str, Any]:
