@@ -112,8 +112,8 @@ def test_two_tenants_with_large_bodies_leave_room_for_a_small_one(server: Server
 
 
 def test_long_configs_are_shown_in_their_tenants_turn(server: Server) -> None:
-    """Two hundred requests for a config of sixty kilobytes wait in their tenant's turn: each has the config, or a refusal
-    that names what it waited behind, where this machine is slow; and `/livez` goes on answering."""
+    """Two hundred requests for a config of sixty kilobytes wait in their tenant's turn: each has the config, or where
+    this machine is slow a refusal that names what it waited behind; and `/livez` goes on answering."""
     config = {**CONFIG, "x": [[]] * 14_000}
     assert upload(server.client(), "evil", "long", config).status_code == 201
     request = head("GET", "/v1/tenants/evil/adapters/long", authorization=f"Bearer {server.key('read', 'evil')}")
