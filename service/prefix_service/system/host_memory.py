@@ -9,7 +9,9 @@ from typing import Final
 
 from prefix_service.system.turns import in_thread
 
-_LARGE: Final = 32 << 20  # from this size on, malloc never reuses memory
+LARGE: Final = 32 << 20
+"""The size in bytes from which malloc never reuses memory."""
+
 _RETURNED: Final = 2 << 20
 _ARENAS: Final = 2
 _KEPT: Final = 32 << 20  # bytes of free blocks that malloc may keep
@@ -71,7 +73,7 @@ def host_memory(nbytes: int) -> memoryview:
     Raises:
         MemoryError: the system has no memory left.
     """
-    if nbytes < _LARGE:
+    if nbytes < LARGE:
         return memoryview(bytearray(nbytes))
     try:
         block = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -32,7 +32,7 @@ TEXT: Final = "as many real tokens"
 TEXT_BLOCKS: Final = "as many real tokens, in vLLM's blocks"
 PEFT: Final = "PEFT"
 TRANSFER: Final = "the bytes of a new adapter alone"
-ADDED: Final = "never seen, beyond one in vLLM's blocks"
+ADDED: Final = "never seen, beyond one fetched before"
 _LENGTHS: Final = (20, 64, 256, 1024, 4096)
 _PROMPT: Final = 32
 _REST: Final = 0.3  # seconds before each request, in which the threads of the one before cease to spin
@@ -56,7 +56,7 @@ def measure(*, quick: bool) -> Outcome:
             say(f"{length} tokens, {rounds} rounds")
             tuned = PeftModel.from_pretrained(model.model, str(folder / f"n{length}")).train(mode=False)
             times = found[length] = in_turns(_cases(started, server, tuned, length), rounds)
-            times[ADDED] = [new - blocks for new, blocks in zip(times[NEW], times[BLOCKS], strict=True)]
+            times[ADDED] = [new - old for new, old in zip(times[NEW], times[FETCHED], strict=True)]
     return _outcome(found)
 
 

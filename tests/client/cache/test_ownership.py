@@ -278,6 +278,30 @@ def test_what_get_returned_can_be_sent_to_another_process(server: Server) -> Non
         assert torch.equal(client.get("own/large@1").kv.tensor, right)
 
 
+def flags_of_memory(tensor: Tensor) -> list[str]:
+    """Returns the kernel's flags of the mapping that a tensor begins in (proc_pid_smaps(5))."""
+    begins = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match("([0-9a-f]+)-([0-9a-f]+) ", line):
+            begins = int(found[1], 16) <= tensor.data_ptr() < int(found[2], 16)
+        elif begins and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    raise AssertionError("the tensor is in no mapping")
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this kernel has no transparent huge pages"
+)
+def test_a_large_body_that_no_cache_keeps_is_received_into_huge_pages(server: Server) -> None:
+    """Memory for it asks the kernel for huge pages: the first touch of small ones takes longer than the network."""
+    with PrefixClient(server.url, server.admin_key, cache_bytes=0) as client:
+        found, other = (client.get("own/huge@1").kv.tensor for _ in range(2))
+        assert "hg" in flags_of_memory(found)
+        assert torch.equal(found, other)
+        found.zero_()
+        assert not torch.equal(found, other)
+
+
 def proportional_bytes() -> int:
     """Returns the memory of this process, in which what is mapped several times counts once."""
     gc.collect()

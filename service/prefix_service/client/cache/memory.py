@@ -16,6 +16,7 @@ from torch import Tensor
 
 from prefix_service.errors import InvalidRequest, InvalidResponse
 from prefix_service.prefix.buffers import bytes_of, memory_of
+from prefix_service.system.host_memory import LARGE, host_memory
 
 WORTH_MAPPING: Final = 2 << 20
 """The size in bytes from which a mapping is faster than a copy, including the page faults of reading it."""
@@ -71,7 +72,9 @@ def allocate(size: int, *, pinned: bool) -> memoryview:
     if pinned and not torch.cuda.is_available():
         raise InvalidRequest("pin_memory=True needs a GPU that torch can use, and there is none")
     try:
-        return bytes_of(torch.empty(size, dtype=torch.uint8, pin_memory=pinned))
+        if pinned or size < LARGE:
+            return bytes_of(torch.empty(size, dtype=torch.uint8, pin_memory=pinned))
+        return host_memory(size)
     except (MemoryError, RuntimeError) as error:
         raise InvalidResponse(f"the answer claims {size} bytes, for which there is no memory") from error
 
