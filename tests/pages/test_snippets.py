@@ -157,7 +157,7 @@ def test_the_python_of_vllm() -> None:
 
 def test_the_connectors_of_vllm() -> None:
     """The page configures MultiConnector as its tests do, with our connector's own configuration as a part."""
-    (snippet,) = (found for found in snippets(VLLM) if found.language == "json")
+    snippet = next(found for found in snippets(VLLM) if found.language == "json")
     config = json.loads(snippet.text)
     connectors = config["kv_connector_extra_config"]["connectors"]
     assert config == multi_config(*connectors)

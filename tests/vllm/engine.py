@@ -202,7 +202,8 @@ def _metrics(llm: Any, _: bool) -> dict[str, list[str]]:
     return {"lines": [line for line in lines if line.startswith("vllm:prefix_adapter_")]}
 
 
-def _series(llm: Any, asked: dict[str, Any]) -> list[list[float]]:
+def _series(llm: Any, asked: dict[str, Any]) -> dict[str, list[list[Any]]]:
+    """Returns, after each reading, the values of `prefix_adapter_loaded` and the lists of `prefix_adapter_info`."""
     import functools
 
     from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -217,13 +218,16 @@ def _series(llm: Any, asked: dict[str, Any]) -> list[list[float]]:
         made = PrefixMetrics(llm.llm_engine.vllm_config, kinds, ["engine"], {0: ["0"]})
     finally:
         os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
-    values = []
-    for names in asked["readings"]:
+    values, lists = [], []
+    for loaded in asked["readings"]:
         counted: dict[str, Any] = {"load_seconds": [], "load_bytes": 0, "wait_seconds": [], "failures": 0}
-        made.observe({**counted, "loaded": [[name, "cpu"] for name in names]})
+        made.observe({**counted, "loaded": loaded})
         samples = [sample for metric in registry.collect() for sample in metric.samples]
         values.append([sample.value for sample in samples if sample.name == "vllm:prefix_adapter_loaded"])
-    return values
+        lists.append(
+            [sample.labels["running_lora_adapters"] for sample in samples if sample.name == "vllm:prefix_adapter_info"]
+        )
+    return {"values": values, "lists": lists}
 
 
 def _events(llm: Any, jobs: list[dict[str, Any]]) -> dict[str, Any]:

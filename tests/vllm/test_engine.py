@@ -261,13 +261,23 @@ def test_vllms_code_for_gpus_finds_the_places_of_a_prefix(asking: Asking) -> Non
 
 
 def test_the_series_of_what_is_loaded_are_bounded(asking: Asking) -> None:
-    """A series ends with its adapter; if servers share files, it stays at 0, and there are at most 1,000."""
-    readings = [["a", "b"], ["b"], ["a"], [f"n{number}" for number in range(1000)]]
+    """A series ends with its adapter; if servers share files, it stays at 0, and there are at most 1,000.
+
+    The list for routers is one series of what is in host memory, without adapters that were asked for together; there
+    is none in shared files.
+    """
+    many = [f"n{number}" for number in range(1000)]
+    names = [["b", "a"], ["b"], ["a"], many, ["a,b", "b"], []]
+    readings = [[(name, "cpu") for name in one] for one in names]
+    readings[-1].append(("c", "gpu"))
 
     def series(*, shared: bool) -> Any:
         return asking.engine.ask({"series": {"readings": readings, "shared": shared}})
 
-    alone, files = series(shared=False), series(shared=True)
+    one, several = series(shared=False), series(shared=True)
+    assert one["lists"] == [["a,b"], ["b"], ["a"], [",".join(sorted(many))], ["b"], [""]]
+    assert several["lists"] == [[]] * len(readings)
+    alone, files = one["values"], several["values"]
     assert alone[:3] == [[1, 1], [1], [1]]
     assert [sorted(values) for values in files[:3]] == [[1, 1], [0, 1], [0, 1]]
     assert (len(alone[3]), len(files[3]), sum(files[3])) == (1000, 1000, 998)

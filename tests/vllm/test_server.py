@@ -4,6 +4,7 @@ import gzip
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Final
 
 import httpx
@@ -12,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from prefix_service.client.vllm.middleware import ROUTES
 from tests.benchmarks.growth.folder import BIG
-from tests.pages.markdown import PACKAGE
+from tests.pages.markdown import PACKAGE, snippets
 from tests.vllm.served import ASKED, Served
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers' own
@@ -99,6 +100,7 @@ def test_what_is_wrong_with_an_adapter_is_told_before_the_engine(openai: httpx.C
 _NAME: Final = "capitals-json"
 _QUESTION: Final = ASKED[_NAME][0]
 _PARAMS: Final = {"prefix_adapter": f"demo/{_NAME}@1"}
+_ROUTER: Final = json.loads(Path(__file__).with_name("router.json").read_text())
 _WITHOUT_ADAPTER: Final = frozenset({
     "/abort_requests", "/detokenize", "/generative_scoring", "/inference/v1/abort_requests", "/is_scaling_elastic_ep",
     "/ping", "/scale_elastic_ep", "/tokenize", "/v1/chat/completions/derender", "/v1/chat/completions/render",
@@ -226,9 +228,47 @@ def test_the_dashboard_asks_for_numbers_that_vllm_has(openai: httpx.Client) -> N
 
 
 def _residency(scrape: str) -> set[tuple[str, str]]:
-    """Returns the loaded adapters and their levels as llm-d's router reads vLLM's LoRAs (its pull request 2792): by the
-    labels of the series of one gauge, with the name of ours."""
+    """Returns the loaded adapters and their levels as llm-d's router is to read vLLM's LoRAs (its pull request 2792):
+    by the labels of the series of one gauge, with the name of ours."""
     families = {family.name: family for family in text_string_to_metric_families(scrape)}
     samples = families["vllm:prefix_adapter_loaded"].samples
     assert all(sample.labels.keys() == {"model_name", "engine", "adapter_name", "level"} for sample in samples)
     return {(sample.labels["adapter_name"], sample.labels["level"]) for sample in samples if sample.value == 1}
+
+
+def test_a_router_reads_which_adapters_are_loaded(openai: httpx.Client) -> None:
+    """The request of llm-d's router gets what the router took from it when `router.json` was recorded.
+
+    With README's settings those are the adapters in host memory, in place of LoRAs in use; the router's own settings
+    find what they find without adapters.
+    """
+    assert _chat(openai, _PARAMS["prefix_adapter"], "Why?", max_tokens=1).status_code == 200
+    line, _, *lines = _ROUTER["request"]  # the second is the host
+    headers = {name: value for name, _, value in (header.partition(": ") for header in lines)}
+    method, path, _ = line.split()
+    scrape = openai.send(httpx.Request(method, openai.base_url.join(path), headers=headers)).text  # no other headers
+    loaded = sorted(name for name, level in _residency(scrape) if level == "cpu" and "," not in name)
+    assert f"demo/{_NAME}" in loaded
+    *_, snippet = (found for found in snippets(PACKAGE / "client" / "vllm" / "README.md") if found.language == "json")
+    (config,) = json.loads(snippet.text)["parameters"]["engineConfigs"]
+    read = _as_router(scrape, config)
+    recorded = {**_ROUTER["read with README's settings"], "ActiveModels": dict.fromkeys(loaded, 0)}
+    assert read == {key: recorded[key] for key in read}
+    read = _as_router(scrape, {**config, "loraSpec": "vllm:lora_requests_info"})
+    assert read == {key: _ROUTER["read with its own settings"][key] for key in read}
+
+
+def _as_router(scrape: str, config: dict[str, str]) -> dict[str, Any]:
+    """Returns what llm-d's router takes from a scrape: a number, or labels of the series with the greatest value."""
+    samples = {family.name: family.samples for family in text_string_to_metric_families(scrape)}
+    lora = max(samples[config["loraSpec"]], key=lambda sample: sample.value).labels
+    cache = samples[config["cacheInfoSpec"]][0].labels
+    return {
+        "ActiveModels": {name: 0 for name in lora["running_lora_adapters"].split(",") if name},
+        "WaitingModels": {name: 0 for name in lora["waiting_lora_adapters"].split(",") if name},
+        "MaxActiveModels": int(lora["max_lora"]),
+        "RunningRequestsSize": samples[config["runningRequestsSpec"]][0].value,
+        "WaitingQueueSize": samples[config["queuedRequestsSpec"]][0].value,
+        "KVCacheUsagePercent": samples[config["kvUsageSpec"]][0].value,
+        "CacheBlockSize": int(cache["block_size"]),
+    }

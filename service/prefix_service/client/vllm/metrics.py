@@ -1,4 +1,7 @@
-"""Adapters in vLLM's `/metrics`, in the shape that vLLM gives to its LoRAs (its pull request 54830), and in its log.
+"""Adapters in vLLM's `/metrics`, in the shapes that vLLM gives to its LoRAs, and in its log.
+
+`vllm:prefix_adapter_loaded` is of the shape that vLLM is settling for loaded LoRAs (its pull request 54830), and
+`vllm:prefix_adapter_info` of that of `vllm:lora_requests_info`, which today's routers read.
 
 Read against vLLM 0.32.0: the engine's process counts (`tally.py`), and vLLM hands the counts to the process that serves
 `/metrics` as `SchedulerStats.kv_connector_stats`.
@@ -14,6 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 from prefix_service.client.vllm import tally
 
 _SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0)
+_MAX_LORA: Final = str(tally.MOST_NAMED + 1)  # routers take an engine with so many for full, and none of ours ever is
 _SHARED: Final = "PROMETHEUS_MULTIPROC_DIR"  # several API servers write their metrics into files, and remove none
 
 
@@ -56,6 +60,17 @@ class PrefixMetrics(KVConnectorPromMetrics):  # type: ignore[misc] # vLLM is not
             labelnames=[*labelnames, "adapter_name", "level"],
             multiprocess_mode="mostrecent",
         )
+        self._removes = _SHARED not in os.environ and hasattr(self._gauge, "remove")  # Ray's gauges have none
+        self._listed: dict[int, tuple[str, ...]] = {}
+        if self._removes:  # each set of adapters has a series of its own: the last one must go
+            self._info = gauge(
+                name="vllm:prefix_adapter_info",
+                documentation="Prefix adapters in the host memory of every worker, as routers read vLLM's LoRAs: one "
+                "list, whose value is the time in seconds since 1970 at which it was made.",
+                labelnames=[*labelnames, "running_lora_adapters", "waiting_lora_adapters", "max_lora"],
+            )
+            for engine in self.per_engine_labelvalues:
+                self._list(set(), engine)
         self._load_seconds = self._of_engines(
             histogram,
             "vllm:prefix_adapter_load_seconds",
@@ -75,7 +90,6 @@ class PrefixMetrics(KVConnectorPromMetrics):  # type: ignore[misc] # vLLM is not
             counter, "vllm:prefix_adapter_failures", "Requests that failed because of their prefix adapters."
         )
         self._shown: dict[int, set[tuple[str, str]]] = {}
-        self._removes = _SHARED not in os.environ and hasattr(self._gauge, "remove")  # Ray's gauges have none
 
     def _of_engines(self, kind: Callable[..., Any], name: str, documentation: str, **more: Any) -> dict[int, Any]:
         metric = kind(name=name, documentation=documentation, labelnames=self._labelnames, **more)
@@ -92,6 +106,8 @@ class PrefixMetrics(KVConnectorPromMetrics):  # type: ignore[misc] # vLLM is not
         loaded = transfer_stats_data.get(tally.LOADED)
         if loaded is not None:
             self._show({(name, level) for name, level in loaded}, engine_idx)
+            if self._removes:
+                self._list({name for name, level in loaded if level == tally.HOST}, engine_idx)
 
     def _show(self, loaded: set[tuple[str, str]], engine: int) -> None:
         """Sets the series of loaded adapters to 1; removes the others, or sets them to 0 if that is impossible."""
@@ -107,3 +123,13 @@ class PrefixMetrics(KVConnectorPromMetrics):  # type: ignore[misc] # vLLM is not
                 shown.add(key)
         for key in loaded & shown:
             self._gauge.labels(*values, *key).set(1)
+
+    def _list(self, names: set[str], engine: int) -> None:
+        """Replaces an engine's list of adapters. Several in one request are left out: a comma ends a name there."""
+        running = ",".join(sorted(name for name in names if "," not in name))
+        values = (*map(str, self.per_engine_labelvalues[engine]), running, "", _MAX_LORA)
+        self._info.labels(*values).set_to_current_time()
+        last = self._listed.get(engine, values)
+        if last != values:
+            self._info.remove(*last)
+        self._listed[engine] = values
