@@ -2,7 +2,7 @@
 
 `python -m tests.vllm.versions [--only PART …] [VERSION …]`, by default all parts on each tried version and on the
 newest that has a CPU build. Each version takes 3.5 GB in an environment of its own, `.venv-vllm-VERSION`, which is
-kept, and about ten minutes. A part is a file of tests, or an architecture of `tests.vllm.architectures`.
+kept, and about fifteen minutes. A part is a file of tests, or an architecture of `tests.vllm.architectures`.
 """
 
 import argparse
@@ -20,7 +20,10 @@ from prefix_service.client.vllm.supported_versions import TRIED
 from tests.benchmarks.tables import Grid
 from tests.vllm.driver import ROOT
 
-_PARTS: Final = ("test_engine.py", "test_windows.py", "test_partners.py", "Gemma 3, two ranks")
+_PARTS: Final = (
+    "test_engine.py", "test_windows.py", "test_partners.py", "test_server.py", "test_models.py", "test_neighbours.py",
+    "Gemma 3, two ranks",
+)  # fmt: skip
 _MADE: Final = {None: "passed", "failure": "FAILED", "error": "FAILED", "skipped": "NOT TESTED"}
 """What becomes of a test, by the element that JUnit's XML has for it."""
 

@@ -7,7 +7,7 @@ from typing import Final
 from prefix_service.client.vllm.probe import missing
 
 TRIED: Final = ("0.30", "0.31", "0.32")
-"""The versions whose answers under load equalled PEFT's, the oldest first."""
+"""The versions on which the connector's tests pass and answers under load equalled PEFT's, the oldest first."""
 
 _RANGE: Final = f"{TRIED[0]} to {TRIED[-1]}"
 
