@@ -7,8 +7,8 @@ from tests.fleet.upgrade import upgrading
 
 
 def test_replicas_are_replaced_under_traffic(engines: Engines, tmp_path: Path) -> None:
-    """One after another: every answer is right, whatever was acknowledged is there at every replica, and no caller gets an
-    error."""
+    """One after another: every answer is right, whatever was acknowledged is there at every replica, and no caller gets
+    an error."""
     with upgrading(engines, tmp_path) as upgrade:
         for number in range(3):
             upgrade.replace(number, 1)

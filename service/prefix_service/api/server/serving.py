@@ -89,7 +89,11 @@ class Server(uvicorn.Server):
         self._on_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Finishes the requests in progress, then closes the app."""
+        """Finishes the requests in progress, then closes the app. A replica of a fleet goes on for `_NOTICE` before.
+
+        Meanwhile others are answered too, and end their connections. A proxy asks whether the service is ready, and
+        cuts everything in progress off if there is no answer; until it knows, it passes requests on.
+        """
         until = time.monotonic() + GRACE
         async with self._opened:
             self._on_end()
@@ -101,11 +105,7 @@ class Server(uvicorn.Server):
             await super().shutdown(sockets)
 
     async def _drain(self, until: float) -> None:
-        """Waits until the requests in progress are answered, at most until a moment of `time.monotonic`.
-
-        Meanwhile others are answered too, and end their connections. A proxy asks whether the service is ready, and
-        cuts everything in progress off if there is no answer; until it knows, it passes requests on.
-        """
+        """Waits until the requests in progress are answered, at most until a moment of `time.monotonic`."""
         connections = cast("set[Guarded]", self.server_state.connections)
         busy = {each for each in connections if each.is_answering}
         for each in busy:
@@ -114,7 +114,9 @@ class Server(uvicorn.Server):
 
     async def _wait_while(self, goes_on: Callable[[], bool], until: float) -> None:
         """Waits while `goes_on()`, at most until a moment of `time.monotonic`, or a second signal."""
-        while goes_on() and time.monotonic() < until and not self.force_exit:
+        while goes_on():
+            if time.monotonic() >= until or self.force_exit:
+                return
             await asyncio.sleep(_POLL)
 
     def _remembered(self, header: bytes) -> Principal | None:
