@@ -114,7 +114,7 @@ def test_a_new_tenant_is_mentioned_once(run: Run) -> None:
     assert json.loads(run("publish", LLAMA, "clinewer/a", "--json").stdout)["tenant_created"] is True
     assert "tenant_created" not in json.loads(run("publish", LLAMA, "clinewer/b", "--json").stdout)
     composed = run("compose", "clinewest/a", "clinew/a@1", "clinew/a@1")
-    assert "tenant clinewest is new" in composed.stdout
+    assert "created tenant clinewest" in composed.stdout
 
 
 @pytest.fixture
