@@ -1,17 +1,28 @@
 """The fleet that other tests use: three replicas behind HAProxy."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+
 from tests.api.helpers import tensors_of, upload
 from tests.fleet.starting import Fleet
 from tests.processes import eventually
 
 
 def test_each_replica_serves_what_came_through_haproxy(whole_fleet: Fleet) -> None:
-    """Also after it was replaced; HAProxy notices that it is away, and that it is back."""
+    """Also after it was replaced; HAProxy notices that it is away, and that it is back. A replica that ends says so,
+    and answers until two checks of HAProxy have asked."""
     proxy = whole_fleet.client()
     published = upload(proxy, "acme", "whole")
     assert published.status_code == 201, published.text
     revision = {"Prefix-Min-Revision": published.headers["Prefix-Revision"]}
-    whole_fleet.stop(1)
+    with ThreadPoolExecutor(1) as pool, httpx.Client(base_url=whole_fleet.servers[1].url) as ending:
+        ended = pool.submit(whole_fleet.stop, 1)
+        eventually(lambda: ending.get("/readyz").status_code == 503)
+        time.sleep(2)
+        assert ending.get("/livez").status_code == 200
+        ended.result(60)
     assert len(whole_fleet.servers) == 2
     assert proxy.get("/v1/tenants/acme/adapters/whole/prefix").status_code == 200
     whole_fleet.start(1)

@@ -1,11 +1,16 @@
 """Base models on this machine, loaded by transformers without its own output; imports nothing of it until then."""
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 from enum import StrEnum
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
 from prefix_service.errors import InvalidRequest
+
+_NAME: Final = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+"""A model on Hugging Face: `name` or `owner/name`."""
 
 
 class Dtype(StrEnum):
@@ -30,11 +35,14 @@ def load_model(name: str, dtype: Dtype | None, device: str) -> Any:
 
 
 def loaded(name: str, load: Callable[[], Any]) -> Any:
-    """Returns what transformers loads.
+    """Returns what transformers loads for the model `name`: a folder, or a name on Hugging Face.
 
     Raises:
-        InvalidRequest: it cannot.
+        InvalidRequest: it cannot, or `name` is neither a folder nor a possible name on Hugging Face, which transformers
+            would ask for a minute all the same.
     """
+    if not Path(name).is_dir() and _NAME.fullmatch(name) is None:
+        raise InvalidRequest(f"the model {name:.300} cannot be loaded: there is no such folder; check the path")
     try:
         return load()
     except (

@@ -79,7 +79,7 @@ def test_an_adapter_and_its_model_are_measured(run: Run, tmp_path: Path) -> None
     [
         ("--break-even", 2, "--break-even needs --model MODEL"),
         ("--model {base}", 2, "--model is for --break-even"),
-        ("--break-even --model {base}/none", 1, "none cannot be loaded"),
+        ("--break-even --model {base}/none", 1, "none cannot be loaded: there is no such folder"),
         ("--break-even --model {t5}", 1, "t5 cannot be loaded"),
         ("--break-even --model {gpt2}", 1, "the prefix has"),
     ],

@@ -64,7 +64,7 @@ def test_a_dtype_that_does_not_hold_the_numbers_has_no_bound() -> None:
         ("--precision --model {model} --text {empty}", 1, "empty is empty"),
         ("--precision --model {model} --text {binary}", 1, "binary cannot be read"),
         ("--precision --model {model} --text {text}", 1, "has positions for 96"),
-        ("--precision --model {model}/none --text {text}", 1, "none cannot be loaded"),
+        ("--precision --model {model}/none --text {text}", 1, "none cannot be loaded: there is no such folder"),
     ],
 )
 def test_what_cannot_be_measured_is_said(

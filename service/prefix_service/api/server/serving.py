@@ -26,6 +26,11 @@ from prefix_service.system.host_memory import return_freed_memory
 GRACE: Final = 30
 """Seconds in which requests in progress can finish once the service is asked to end."""
 
+_NOTICE: Final = 3
+"""Seconds in which a replica of a fleet goes on to answer once it is asked to end. A proxy that checks once a second
+learns meanwhile that the replica is not ready, and sends the next requests to others.
+"""
+
 _SWITCH: Final = 0.001
 """Seconds after which a computing thread yields the GIL to the event loop, which needs it after each operation of
 torch. With CPython's default of 5 ms, ten waits per answer would add 50 ms to another caller's latency.
@@ -60,6 +65,7 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._app, self._on_ready, self._on_end = app, on_ready, on_end
         self._connections = most_connections(settings.max_connections)
+        self._notice = 0 if settings.catalog_url is None else _NOTICE
         self._opened = contextlib.AsyncExitStack()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -83,27 +89,32 @@ class Server(uvicorn.Server):
         self._on_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Finishes the requests in progress, then closes the app."""
+        """Finishes the requests in progress, then closes the app. A replica of a fleet goes on for `_NOTICE` before.
+
+        Meanwhile others are answered too, and end their connections. A proxy asks whether the service is ready, and
+        cuts everything in progress off if there is no answer; until it knows, it passes requests on.
+        """
         until = time.monotonic() + GRACE
         async with self._opened:
             self._on_end()
+            self.server_state.default_headers = [*self.server_state.default_headers, _CLOSE]
+            await self._wait_while(lambda: True, time.monotonic() + self._notice)
             await self._drain(until)
             await self._acceptor.close()
             self.config.timeout_graceful_shutdown = math.ceil(max(until - time.monotonic(), 1))
             await super().shutdown(sockets)
 
     async def _drain(self, until: float) -> None:
-        """Waits until the requests in progress are answered, at most until a moment of `time.monotonic`.
-
-        Meanwhile others are answered too, and end their connections. A proxy asks whether the service is ready, and
-        cuts everything in progress off if there is no answer; until it knows, it passes requests on.
-        """
-        self.server_state.default_headers = [*self.server_state.default_headers, _CLOSE]
+        """Waits until the requests in progress are answered, at most until a moment of `time.monotonic`."""
         connections = cast("set[Guarded]", self.server_state.connections)
         busy = {each for each in connections if each.is_answering}
         for each in busy:
             each.shutdown()
-        while any(each.is_answering for each in busy & connections):
+        await self._wait_while(lambda: any(each.is_answering for each in busy & connections), until)
+
+    async def _wait_while(self, goes_on: Callable[[], bool], until: float) -> None:
+        """Waits while `goes_on()`, at most until a moment of `time.monotonic`, or a second signal."""
+        while goes_on():
             if time.monotonic() >= until or self.force_exit:
                 return
             await asyncio.sleep(_POLL)
