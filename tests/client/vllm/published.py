@@ -17,12 +17,12 @@ _BLOCK: Final = 1 << 16  # bytes that a request for a part asks for at least: 1.
 
 
 def read_published(version: str, files: Iterable[str], folder: Path) -> None:
-    """Writes these files of the package vllm, in this version, into a folder. Skips the test loudly where pip's index
-    cannot be reached.
+    """Writes those of these files that this version of the package vllm has into a folder. Skips the test loudly where
+    pip's index cannot be reached.
     """
-    with fsspec.open(_address(version), "rb", block_size=_BLOCK) as file, zipfile.ZipFile(file) as wheel:
-        for name in files:
-            wheel.extract(f"vllm/{name}", folder)
+    with fsspec.open(_address(version), "rb", block_size=_BLOCK) as remote, zipfile.ZipFile(remote) as wheel:
+        wanted = {f"vllm/{file}" for file in files}
+        wheel.extractall(folder, wanted & set(wheel.namelist()))
 
 
 def _address(version: str) -> str:
