@@ -117,7 +117,7 @@ ARCHITECTURES: Final = {
     "Gemma 4": Architecture(
         "Gemma4Text",
         "window in every second, the others have larger heads",
-        60,
+        44,
         {
             "num_hidden_layers": 6,
             "layer_types": _EVERY_SECOND,

@@ -20,6 +20,10 @@ from tests.conftest import free_port
 
 ROOT: Final = Path(__file__).parents[2]
 PYTHON: Final = ROOT / os.environ.get("VLLM_ENVIRONMENT", ".venv-vllm") / "bin" / "python"
+OLDEST: Final = ROOT / ".venv-vllm-oldest" / "bin" / "python"
+"""That of the oldest version that is supported."""
+PYTHONS: Final = {"vLLM": PYTHON} if "VLLM_ENVIRONMENT" in os.environ else {"vLLM": PYTHON, "oldest vLLM": OLDEST}
+"""Those on which a gate runs tests, by their names there."""
 _FORKS: Final = "VLLM_ON_GPU" not in os.environ
 """Whether programs are forked from a process that has imported vLLM: CUDA cannot be used in such a fork."""
 _ENVIRONMENT: Final = {
@@ -69,10 +73,10 @@ def _environment(**more: str) -> dict[str, str]:
 
 
 class _Starter:
-    """The process that forks programs of vLLM, one for all that compute with so many threads."""
+    """The process that forks programs of one vLLM, one for all that compute with so many threads."""
 
-    def __init__(self, threads: int) -> None:
-        command = [str(PYTHON), str(Path(__file__).with_name("starter.py"))]
+    def __init__(self, python: Path, threads: int) -> None:
+        command = [str(python), str(Path(__file__).with_name("starter.py"))]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self._process = subprocess.Popen(command, env=_environment(OMP_NUM_THREADS=str(threads)), **pipes)
         atexit.register(self._process.communicate)
@@ -88,8 +92,8 @@ class _Starter:
 
 
 @functools.cache
-def _starter(threads: int) -> _Starter:
-    return _Starter(threads)
+def _starter(python: Path, threads: int) -> _Starter:
+    return _Starter(python, threads)
 
 
 class _Program:
@@ -122,8 +126,8 @@ class _Program:
 class _Forked(_Program):
     """A program that is forked from a process that has imported vLLM."""
 
-    def __init__(self, threads: int, what: dict[str, Any]) -> None:
-        self._starter = _starter(threads)
+    def __init__(self, python: Path, threads: int, what: dict[str, Any]) -> None:
+        self._starter = _starter(python, threads)
         super().__init__(self._starter.ask({"start": what})["pid"])
 
     def wait(self, timeout: float) -> int | None:
@@ -135,10 +139,10 @@ class _Forked(_Program):
 class _Spawned(_Program):
     """A program that imports vLLM itself."""
 
-    def __init__(self, what: dict[str, Any]) -> None:
+    def __init__(self, python: Path, what: dict[str, Any]) -> None:
         named = ["-m", what["module"]] if "module" in what else [what["path"]]
         with Path(what["log"]).open("ab") as log:
-            command = [str(PYTHON.absolute()), *named, *what["arguments"]]
+            command = [str(python.absolute()), *named, *what["arguments"]]
             places: dict[str, Any] = {"cwd": what["folder"], "stdout": log, "stderr": log}
             self._process = subprocess.Popen(command, env=what["environment"], **places)
         super().__init__(self._process.pid)
@@ -151,8 +155,8 @@ class _Spawned(_Program):
             return None
 
 
-def _program(threads: int = 1, **what: Any) -> _Program:
-    return _Forked(threads, what) if _FORKS else _Spawned(what)
+def _program(python: Path, threads: int = 1, **what: Any) -> _Program:
+    return _Forked(python, threads, what) if _FORKS else _Spawned(python, what)
 
 
 class Engine:
@@ -193,9 +197,16 @@ class Engine:
 
 @contextmanager
 def engine(
-    folder: Path, model: Path, transfer: dict[str, Any], key: str, *, threads: int = 1, **options: Any
+    folder: Path,
+    model: Path,
+    transfer: dict[str, Any],
+    key: str,
+    *,
+    python: Path = PYTHON,
+    threads: int = 1,
+    **options: Any,
 ) -> Iterator[Engine]:
-    """Yields an engine for a model folder, without a tokenizer, once it is ready."""
+    """Yields an engine of this Python's vLLM for a model folder, without a tokenizer, once it is ready."""
     folder.mkdir(parents=True, exist_ok=True)
     arguments = {
         "model": str(model),
@@ -216,6 +227,7 @@ def engine(
         listener.listen()
         listener.settimeout(90)
         program = _program(
+            python,
             threads,
             path=str(Path(__file__).with_name("engine.py")),
             arguments=[address],
@@ -247,6 +259,7 @@ def openai_server(
     arguments += ["--host", "127.0.0.1", "--served-model-name", "model", "--dtype", "float32", "--enforce-eager"]
     arguments += ["--max-model-len", "2048", "--kv-transfer-config", json.dumps(transfer), *options]
     program = _program(
+        PYTHON,
         module="vllm.entrypoints.openai.api_server",
         arguments=arguments,
         environment=_environment(PREFIX_API_KEY=key),

@@ -16,16 +16,20 @@ _TOKENS: Final[Mapping[str, int]] = {"PROMPT_TUNING": 20, "P_TUNING": 64, "MULTI
 
 
 def publish_soft_prompts(asking: Asking) -> list[str]:
-    """Trains a soft prompt of each type, compiles it, and publishes the prefix. Returns the names of the adapters."""
+    """Trains a soft prompt of each type, unless the reference has it, compiles it, and publishes the prefix.
+
+    Returns the names of the adapters.
+    """
     reference, names = asking.reference, []
     with PrefixClient(asking.server.url, asking.server.admin_key) as client:
         for kind, tokens in _TOKENS.items():
             name = kind.lower().replace("_", "-")
-            base = AutoModelForCausalLM.from_pretrained(reference.model, dtype=torch.float32)
-            train_soft_prompt(base, kind, tokens, reference.adapter(name))
-            base = AutoModelForCausalLM.from_pretrained(reference.model, dtype=torch.float32)
             compiled = reference.folder / f"{name}-compiled"
-            compile_prefix(base, adapter=reference.adapter(name), task=task_of(kind)).save(compiled)
+            if not compiled.exists():
+                base = AutoModelForCausalLM.from_pretrained(reference.model, dtype=torch.float32)
+                train_soft_prompt(base, kind, tokens, reference.adapter(name))
+                base = AutoModelForCausalLM.from_pretrained(reference.model, dtype=torch.float32)
+                compile_prefix(base, adapter=reference.adapter(name), task=task_of(kind)).save(compiled)
             client.publish(f"acme/{name}", compiled)
             if (task := task_of(kind)) is not None:
                 reference.tasks[name] = task

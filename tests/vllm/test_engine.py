@@ -1,7 +1,7 @@
 """vLLM's Python API with prefixes says what PEFT says, whatever vLLM does with its cache, blocks and ranks."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,10 @@ MIXED = [("a", "short"), ("b", "short"), (None, "short"), ("c", "middle"), ("d",
 
 
 @pytest.fixture(scope="module")
-def asking(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Asking]:
-    """Yields one engine with prefix caching on, which is vLLM's default."""
+def asking(reference: Reference, python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Asking]:
+    """Yields one engine of each version with prefix caching on, which is vLLM's default."""
     events = {"enable_kv_cache_events": True, "publisher": "null"}
-    with started(reference, tmp_path_factory.mktemp("engine"), kv_events_config=events) as asking:
+    with started(reference, tmp_path_factory.mktemp("engine"), python=python, kv_events_config=events) as asking:
         yield asking
 
 
@@ -172,9 +172,10 @@ def test_a_moved_alias_is_followed_by_new_requests_alone(asking: Asking) -> None
     publish(server, "acme/moving", asking.reference.adapter("b"))
     with PrefixClient(server.url, server.admin_key) as client:
         client.put_alias("acme/moving", "prod", 1)
-        fetched = _fetches(server)
+        logged = len(server.log.read_text())
         asking.engine.begin([asking.job("moving@prod", "short")], count)
-        _wait_for_fetches(server, fetched + 1)
+        answers = ('/{ref}"', '"adapter":"moving"')  # which version it is, and its bytes, in either order
+        _wait(lambda: all(answer in server.log.read_text()[logged:] for answer in answers))
         assert publish(server, "acme/moving", asking.reference.adapter("b2")) == 2
         client.put_alias("acme/moving", "prod", 2)
         moved = time.monotonic()
@@ -190,9 +191,9 @@ def _fetches(server: Server) -> int:
     return server.log.read_text().count("{ref}/prefix")
 
 
-def _wait_for_fetches(server: Server, count: int) -> None:
+def _wait(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 60
-    while _fetches(server) < count:
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
 
@@ -206,7 +207,7 @@ def test_what_the_connector_remembers_can_be_forgotten(asking: Asking) -> None:
     assert _fetches(asking.server) == fetched
     assert asking.engine.ask({"forget": "all"}) == {"reset": True}
     asking.run(("a@1", "short"))
-    _wait_for_fetches(asking.server, fetched + 1)
+    _wait(lambda: _fetches(asking.server) > fetched)
 
 
 def test_metrics_name_the_adapters_that_are_loaded(asking: Asking) -> None:
@@ -298,18 +299,19 @@ def test_the_service_may_restart_in_the_middle(asking: Asking) -> None:
     asking.check(outputs[1], None, "tiny")
 
 
-def test_chunked_prefill_and_preemption_change_nothing(reference: Reference, tmp_path: Path) -> None:
+def test_chunked_prefill_and_preemption_change_nothing(reference: Reference, python: Path, tmp_path: Path) -> None:
     """Answers stay PEFT's with 32 tokens a step and too few blocks, so that requests are preempted."""
     rows = [*MIXED, ("d", "long"), ("c", "middle"), ("b", "long"), (None, "long"), ("a", "middle"), ("c", "long")]
-    with started(reference, tmp_path, max_num_batched_tokens=32, num_gpu_blocks_override=33) as asking:
+    few: dict[str, Any] = {"max_num_batched_tokens": 32, "num_gpu_blocks_override": 33}
+    with started(reference, tmp_path, python=python, **few) as asking:
         asking.run(*rows, count=64)
         asking.run(*rows, count=64)
         assert asking.engine.run([asking.job(None, "tiny")], 1)["preemptions"] > 0
 
 
-def test_tensor_parallel_ranks_fetch_their_own_heads(reference: Reference, tmp_path: Path) -> None:
+def test_tensor_parallel_ranks_fetch_their_own_heads(reference: Reference, python: Path, tmp_path: Path) -> None:
     """Two ranks fetch a head each, and both report a failure."""
-    with started(reference, tmp_path, tensor_parallel_size=2) as asking:
+    with started(reference, tmp_path, python=python, tensor_parallel_size=2) as asking:
         asking.run(*MIXED)
         asking.run(*MIXED)
         failed, served = asking.engine.run([asking.job("nosuch", "short"), asking.job("a", "short")])["outputs"]

@@ -6,14 +6,19 @@ import pytest
 
 from tests.vllm.architectures import ADAPTERS, ARCHITECTURES, compare, engine_options
 from tests.vllm.asking import started
+from tests.vllm.driver import PYTHONS
 from tests.vllm.reference import make_reference
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers' own
 
 
-@pytest.mark.parametrize("name", ["Gemma 3", "Gemma 4", "Llama 4"])
+@pytest.mark.parametrize(
+    ("name", "python"),
+    [*(("Gemma 3", version) for version in PYTHONS), ("Gemma 4", "vLLM"), ("Llama 4", "vLLM")],
+    indirect=["python"],
+)
 def test_prefixes_shorter_and_longer_than_the_window_say_what_peft_says(
-    needs_vllm: None, name: str, tmp_path: Path
+    python: Path, name: str, tmp_path: Path
 ) -> None:
     """Tokens and log probabilities are PEFT's with prompts in chunks, preempted requests and vLLM's prefix cache, for
     layers in groups of their own (Gemma 3), of another size (Gemma 4), and with chunks and keys in another order
@@ -21,5 +26,5 @@ def test_prefixes_shorter_and_longer_than_the_window_say_what_peft_says(
     """
     architecture = ARCHITECTURES[name]
     reference = make_reference(tmp_path / "reference", architecture.build(), ADAPTERS)
-    with started(reference, tmp_path / "engine", **engine_options(architecture)) as asking:
+    with started(reference, tmp_path / "engine", python=python, **engine_options(architecture)) as asking:
         assert compare(asking) > 0

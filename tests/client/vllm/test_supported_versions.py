@@ -1,12 +1,15 @@
 """The parts of vLLM that the connector touches are looked for in its source; an error names a missing one."""
 
 import logging
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 
 from prefix_service.client.vllm.probe import TOUCHED, missing
 from prefix_service.client.vllm.supported_versions import TRIED, check_vllm
+from tests.client.vllm.published import read_published
 
 BASE = "distributed/kv_transfer/kv_connector/v1/base.py"
 
@@ -81,3 +84,46 @@ def test_fields_are_found_wherever_a_class_has_them(package: Path) -> None:
         change(package, "v1/request.py", f"    {after}", "    block_hashes: int")
     change(package, BASE, "def request_finished(self, request,", "async def request_finished(self, request, *,")
     assert missing(package) == []
+
+
+NEXT = "0.33.0"
+"""The vLLM behind those that were tried; it has no build for CPUs."""
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the touched files of the next vLLM."""
+    folder = tmp_path_factory.mktemp("published")
+    read_published(NEXT, TOUCHED, folder)
+    return folder / "vllm"
+
+
+def test_the_next_vllm_has_what_is_touched(published: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its published files lack nothing, so it is accepted with a warning."""
+    assert not NEXT.startswith(TRIED)
+    with caplog.at_level(logging.WARNING):
+        check_vllm(NEXT, published)
+    (warned,) = caplog.messages
+    assert f"vLLM {NEXT} was not tried with this prefix-service" in warned
+
+
+@pytest.mark.parametrize(
+    ("file", "before", "after", "lacks"),
+    [
+        (BASE, "def get_transfer_results(", "def get_results(", "KVConnectorBase_V1.get_transfer_results (vllm/"),
+        ("v1/engine/async_llm.py", "sampling_params:", "parameters:", "the parameter sampling_params of AsyncLLM.gen"),
+    ],
+)
+def test_a_next_vllm_without_one_hook_is_refused_by_its_name(
+    published: Path, tmp_path: Path, file: str, before: str, after: str, lacks: str
+) -> None:
+    """In its published files one hook, or a parameter, with another name is what the error names."""
+    package = tmp_path / "vllm"
+    shutil.copytree(published, package)
+    change(package, file, before, after)
+    (named,) = missing(package)
+    assert named.startswith(lacks)
+    with pytest.raises(
+        ImportError, match=re.escape(f"vLLM {NEXT}, which is installed, lacks what it touches: {named}")
+    ):
+        check_vllm(NEXT, package)
