@@ -144,8 +144,10 @@ def test_the_commands_of_vllm(page: Path) -> None:
 
 
 def test_the_python_of_vllm() -> None:
-    """The Python snippet has the same configuration as the command, as a dictionary."""
+    """The Python snippet has the same configuration as the command, as a dictionary. It starts the engine behind the
+    guard of a main module: on a CPU vLLM spawns processes, which import the script."""
     (snippet,) = (found for found in snippets(VLLM) if found.language == "python")
+    assert '\nif __name__ == "__main__":' in snippet.text.partition("LLM(")[0]
     assigned = {
         node.targets[0].id: node.value
         for node in ast.parse(snippet.text).body

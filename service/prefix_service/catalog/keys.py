@@ -281,8 +281,9 @@ def _changed(connection: sa.Connection, tenant: str | None) -> int | None:
 
 
 def _missing(tenant: str | None, key_id: str) -> NotFound:
-    owner = "the platform" if tenant is None else f"tenant {tenant!r}"
-    return NotFound(f"{owner} has no key {key_id!r:.40}")
+    if tenant is None:
+        return NotFound(f"the platform has no key {key_id!r:.40}; to reach a tenant's key, name the tenant")
+    return NotFound(f"tenant {tenant!r} has no key {key_id!r:.40}")
 
 
 def _in_utc(moment: datetime) -> datetime:

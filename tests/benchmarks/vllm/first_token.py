@@ -103,7 +103,10 @@ def _cases(started: Engine, server: Server, tuned: Any, length: int) -> dict[str
     prompt = [words.randrange(100, 40_000) for _ in range(_PROMPT)]
     text = [words.randrange(100, 40_000) for _ in range(length)]
     peft = {PEFT: partial(_peft_seconds, tuned, torch.tensor([prompt]))}
-    cases = {**engine_cases(started, server, f"bench/n{length}", prompt, text, "float32"), **peft}
+    cases: dict[str, Callable[[], float]] = {
+        **engine_cases(started, server, f"bench/n{length}", prompt, text, "float32"),
+        **peft,
+    }
     return {name: partial(_rested, case) for name, case in cases.items()}
 
 

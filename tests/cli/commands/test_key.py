@@ -170,7 +170,7 @@ def test_a_key_that_is_missing_is_not_rotated(keys: Keys) -> None:
     before = told(keys, "list", "--platform")
     missing = keys("rotate", "f" * 16)
     assert missing.returncode == 1
-    assert "the platform has no key 'ffffffffffffffff'" in missing.stderr
+    assert "the platform has no key 'ffffffffffffffff'; to reach a tenant's key, name the tenant" in missing.stderr
     assert len(told(keys, "list", "--platform")["items"]) == len(before["items"])
 
 

@@ -109,12 +109,12 @@ def test_a_config_that_is_missing_is_told_in_the_callers_words(run: Run, tmp_pat
 def test_a_new_tenant_is_mentioned_once(run: Run) -> None:
     """The publication that creates a tenant reports it, to people and to scripts; later ones do not."""
     first, second = run("publish", LLAMA, "clinew/a"), run("publish", GPT2, "clinew/a")
-    assert first.stdout.splitlines()[2:] == ["created tenant clinew"]
+    assert first.stdout.splitlines()[2:] == ["made tenant clinew"]
     assert "tenant" not in second.stdout
     assert json.loads(run("publish", LLAMA, "clinewer/a", "--json").stdout)["tenant_created"] is True
     assert "tenant_created" not in json.loads(run("publish", LLAMA, "clinewer/b", "--json").stdout)
     composed = run("compose", "clinewest/a", "clinew/a@1", "clinew/a@1")
-    assert "created tenant clinewest" in composed.stdout
+    assert "made tenant clinewest" in composed.stdout
 
 
 @pytest.fixture
@@ -141,7 +141,7 @@ def test_many_folders_are_published_by_their_names(run: Run, folders: list[Path]
         "published climany/two@1",
         "published climany/three.x@1",
         "3 published",
-        "created tenant climany",
+        "made tenant climany",
     ]
     assert listed(run, "climany") == ["one", "three.x", "two"]
     again = run("publish", *folders, "--tenant", "climany")

@@ -283,7 +283,7 @@ def test_the_middleware_lets_through_what_is_right_as_it_came(behind: Behind) ->
 @pytest.mark.parametrize(
     ("params", "more", "status", "words"),
     [
-        ({"prefix_adapter": "vllm/none"}, {}, 404, "there is no vllm/none"),
+        ({"prefix_adapter": "vllm/none"}, {}, 404, "there is no vllm/none, or this server may not read it"),
         ({"prefix_adapter": 7}, {}, 400, "got 7"),
         (["prefix_adapter"], {}, 400, "must be an object"),
         ({"prefix_adapter": "vllm/fits"}, {"prompt_logprobs": 0}, 400, "prompt_logprobs"),
@@ -331,7 +331,10 @@ def test_an_adapter_outside_of_a_json_body_is_refused(behind: Behind) -> None:
     urlencoded = "application/x-www-form-urlencoded"
     for words, answer in (
         ("'query.prefix_adapter'", behind.post("{}", "/v1/completions?prefix_adapter=vllm/fits")),
-        ("'header.prefix-adapter'", behind.post("{}", Prefix_Adapter="vllm/fits")),
+        (
+            "'header.prefix-adapter', which vLLM would ignore: name the adapter in the header X-P",
+            behind.post("{}", Prefix_Adapter="vllm/fits"),
+        ),
         ("'form.prefix_adapter'", behind.post(part.format("prefix_adapter"), content_type=boundary)),
         ("'form.kv_transfer_params'", behind.post(part.format("kv_transfer_params"), content_type=boundary)),
         ("'form.prefix-adapter'", behind.post("a=1&prefix-adapter=vllm/fits", content_type=urlencoded)),
@@ -450,7 +453,7 @@ def test_an_option_that_a_route_adds_and_no_prefix_allows_never_reaches_the_engi
     """The call raises ValueError, which vLLM answers with 400; requests without an adapter may have the option."""
     behind.handed = {"kv_transfer_params": {"prefix_adapter": "vllm/fits"}}
     behind.sampling[option] = value
-    with pytest.raises(ValueError, match=f"a request with prefix_adapter cannot have {option}"):
+    with pytest.raises(ValueError, match=f"a request with an adapter cannot have {option}"):
         behind.post(json.dumps(behind.handed))
     assert behind.reached == []
     assert behind.post("{}").status_code == 200

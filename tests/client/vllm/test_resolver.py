@@ -194,19 +194,24 @@ async def test_a_version_of_another_model_is_not_remembered(held: Holder) -> Non
 
 
 async def test_a_rotated_key_is_read_again_from_its_file(server: Server, publish: Publish, tmp_path: Path) -> None:
-    """The file is read after a 401; if it still has the refused key, the caller gets the 401."""
+    """The file is read after a 401; if it still has the refused key, the caller gets the 401, which says whose key was
+    refused. A new key's tenant is asked for in advance if the old key's was: the service may be away later."""
     publish("quick", "a", GPT2)
     file = tmp_path / "key"
     file.write_text("prefix_" + "0" * 16)
     source = Source(ConnectorConfig.of({"url": server.url, "api_key_file": file}), 0)
-    with pytest.raises(Unauthenticated):
-        await source.resolve("quick/a")
+    for asked in (source.tenant(), source.resolve("quick/a")):
+        with pytest.raises(Unauthenticated, match="refuses the key that vLLM has from api_key_file: "):
+            await asked
     file.rename(tmp_path / "away")
     with pytest.raises(Unauthenticated):
         await source.get("quick/a")
     file.write_text(server.admin_key + "\n")
     found = await asyncio.gather(*(source.get("quick/a") for _ in range(3)))
     assert {prefix.version for prefix in found} == {1}
+    assert source._tenant is not None
+    assert source._tenant[0] is source._client
+    assert await source.tenant() is None
     await source.close()
 
 

@@ -47,4 +47,4 @@ def published(version: Mapping[str, Any], *, is_new: bool) -> str:
 
 def tell_new_tenant(tenant: str) -> None:
     """Says that publishing has made a tenant."""
-    say(f"created tenant {tenant}")
+    say(f"made tenant {tenant}")

@@ -7,7 +7,7 @@ from email.message import Message as Head
 from typing import Any, Final
 from urllib.parse import parse_qsl, unquote_plus
 
-from prefix_service.client.vllm.requests import BODY, misplaced, refuse_misplaced
+from prefix_service.client.vllm.requests import BODY, CONTAINER, PARAMETER, misplaced, refuse_misplaced
 from prefix_service.errors import InvalidRequest, TooLarge
 
 Message = MutableMapping[str, Any]
@@ -72,7 +72,11 @@ def refuse_misplaced_outside(scope: Message) -> None:
     """
     query = dict(parse_qsl(scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True))
     headers = {name.decode("latin-1"): "" for name, _ in scope["headers"] if name.lower() != HEADER}
-    refuse_misplaced({"query": query, "header": headers}.items())
+    for name in misplaced({"query": query, "header": headers}.items()):
+        raise InvalidRequest(
+            f"the request has {name!r:.100}, which vLLM would ignore: name the adapter in the header X-Prefix-Adapter, "
+            f'or in the body, as "model" or by "{CONTAINER}": {{"{PARAMETER}": "tenant/adapter@prod"}}'
+        )
 
 
 def fields_of(scope: Message, body: bytes) -> Mapping[str, Any]:

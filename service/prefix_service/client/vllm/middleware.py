@@ -206,13 +206,18 @@ class PrefixMiddleware:
         except (NotFound, InvalidInput) as error:
             if named.field == MODEL and isinstance(error, NotFound):
                 return None
+            if isinstance(error, NotFound) and named.field != DEFAULT:
+                raise NotFound(f"{error.message}, or this server may not read it") from error
             if named.field == DEFAULT:
                 raise Unavailable(f"the server's default_adapter cannot be used: {error.message}") from error
             raise
 
     def _asked(self, path: str, fields: Mapping[str, Any], named: Named, composition: Composition) -> Asked:
         if path not in ROUTES:
-            raise InvalidRequest(f"{path} takes no adapter: remove {named.field}, or use one of {sorted(ROUTES)}")
+            raise InvalidRequest(
+                f"{path} takes no adapter, and the request names {named} in {named.field}: leave it out, "
+                f"or use one of {', '.join(sorted(ROUTES))}"
+            )
         refuse_options(fields)
         model = named.references[0] if named.field == MODEL else None
         return Asked(named.references, composition, self._connected().model.max_length, model)
@@ -281,12 +286,12 @@ def refuse_options(fields: Mapping[str, Any]) -> None:
     reasons = {
         "use_beam_search: vLLM's beam search leaves out the adapter": fields.get("use_beam_search")
         not in (None, False),
-        "prompt_logprobs, or echo with logprobs: vLLM computes them from the whole prompt, of which a prefix is no "
-        "text": fields.get("prompt_logprobs") is not None
+        "prompt_logprobs, or echo with logprobs: vLLM computes them from the tokens of the whole prompt, and a "
+        "prefix has none": fields.get("prompt_logprobs") is not None
         or nested.get("prompt_logprobs") is not None
         or bool(fields.get("echo") and fields.get("logprobs") is not None),
         "prompt_embeds": fields.get("prompt_embeds") is not None,
     }
     for reason, applies in reasons.items():
         if applies:
-            raise InvalidRequest(f"a request with {PARAMETER} cannot have {reason}")
+            raise InvalidRequest(f"a request with an adapter cannot have {reason}")

@@ -216,7 +216,8 @@ def refuse_sampling(sampling: Any) -> None:
         {
             "pooling": sampling is None,
             "prompt_logprobs (in the HTTP API also echo with logprobs, or echo in a chat): vLLM computes them from the "
-            "whole prompt, of which a prefix is no text": sampling is not None and sampling.prompt_logprobs is not None,
+            "tokens of the whole prompt, and a prefix has none": sampling is not None
+            and sampling.prompt_logprobs is not None,
             "skip_reading_prefix_cache: vLLM then takes keys and values from nowhere": sampling is not None
             and sampling.skip_reading_prefix_cache,
         }
@@ -242,4 +243,4 @@ def refuse_unservable(request: Any) -> None:
 def _refuse(reasons: Mapping[str, bool]) -> None:
     for reason, applies in reasons.items():
         if applies:
-            raise InvalidRequest(f"a request with {PARAMETER} cannot have {reason}")
+            raise InvalidRequest(f"a request with an adapter cannot have {reason}")

@@ -115,11 +115,17 @@ class Source:
     async def _call(self, ask: Callable[[AsyncPrefixClient], Awaitable[T]]) -> T:
         client = self._client
         try:
-            return await ask(client)
-        except Unauthenticated:
-            if not await self._has_renewed(client):
-                raise
-        return await ask(self._client)
+            try:
+                return await ask(client)
+            except Unauthenticated:
+                if not await self._has_renewed(client):
+                    raise
+            return await ask(self._client)
+        except Unauthenticated as error:  # callers of vLLM have a key of their own: they must not take it for that
+            place = self._config.api_key_env if self._config.api_key_file is None else "api_key_file"
+            raise Unauthenticated(
+                f"prefix-service refuses the key that vLLM has from {place}: {error.message}"
+            ) from error
 
     async def _has_renewed(self, client: AsyncPrefixClient) -> bool:
         """Returns whether another client has replaced the one whose key was refused."""
@@ -133,6 +139,9 @@ class Source:
                 self._retired.append(client)  # other calls may wait for its answers
                 self._key = key
                 self._client = self._new_client()
+                if self._tenant is not None:  # asked while the service answers, for requests that come while it is away
+                    self._tenant = self._client, asyncio.create_task(self._ask_tenant())
+                    self._tenant[1].add_done_callback(_has_failed)  # its exception counts as retrieved
         return self._client is not client
 
     def forget(self) -> None:
