@@ -261,16 +261,19 @@ def test_vllms_code_for_gpus_finds_the_places_of_a_prefix(asking: Asking) -> Non
 
 
 def test_the_series_of_what_is_loaded_are_bounded(asking: Asking) -> None:
-    """A series ends with its adapter; if servers share files, it stays at 0, and there are at most 1,000."""
-    readings = [["a", "b"], ["b"], ["a"], [f"n{number}" for number in range(1000)]]
+    """A series ends with its adapter; if servers share files, it stays at 0, also what another server has shown, and
+    there are at most 1,000.
+    """
+    many = [f"n{number}" for number in range(1000)]
+    readings = [(["a", "b"], []), (["b"], ["a", "c"]), (["a"], ["b"]), (many, ["a", "d"])]
 
     def series(*, shared: bool) -> Any:
         return asking.engine.ask({"series": {"readings": readings, "shared": shared}})
 
     alone, files = series(shared=False), series(shared=True)
     assert alone[:3] == [[1, 1], [1], [1]]
-    assert [sorted(values) for values in files[:3]] == [[1, 1], [0, 1], [0, 1]]
-    assert (len(alone[3]), len(files[3]), sum(files[3])) == (1000, 1000, 998)
+    assert [sorted(values) for values in files[:3]] == [[1, 1], [0, 0, 1], [0, 0, 1]]
+    assert (len(alone[3]), len(files[3]), sum(files[3])) == (1000, 1000, 997)
 
 
 def test_the_service_may_restart_in_the_middle(asking: Asking) -> None:
