@@ -11,8 +11,8 @@ any of these:
 - `{"connect": {<kv_transfer_config>}}`: another connector for this engine, as if it had started with it
 - `{"hooks": true}`: vLLM's hooks that take a request, of which partners are kept from some
 - `{"metrics": true}`: the lines of its metrics that are ours
-- `{"series": {"readings": [names, …], "shared": …}}`: the series of what is loaded after each list in turn,
-  with or without files that several servers share
+- `{"series": {"readings": [[names, names], …], "shared": …}}`: the series after each reading in turn of what is loaded
+  and what has left, with or without files that several servers share
 - `{"events": [<jobs>]}`: the blocks that its KV events report for these jobs, without other requests: name, tokens,
   and the extra keys of their hashes
 - `{"written": true}`: what the code of vLLM's backends for GPUs makes of a prefix, by `writers.py`
@@ -219,9 +219,9 @@ def _series(llm: Any, asked: dict[str, Any]) -> dict[str, list[list[Any]]]:
     finally:
         os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
     values, lists = [], []
-    for loaded in asked["readings"]:
-        counted: dict[str, Any] = {"load_seconds": [], "load_bytes": 0, "wait_seconds": [], "failures": 0}
-        made.observe({**counted, "loaded": loaded})
+    counted: dict[str, Any] = {"load_seconds": [], "load_bytes": 0, "wait_seconds": [], "failures": 0}
+    for loaded, left in asked["readings"]:
+        made.observe({**counted, "loaded": loaded, "left": left})
         samples = [sample for metric in registry.collect() for sample in metric.samples]
         values.append([sample.value for sample in samples if sample.name == "vllm:prefix_adapter_loaded"])
         lists.append(

@@ -51,6 +51,11 @@ class Reference:
         return self.version is not None or self.digest is not None
 
 
+def is_digest(text: str) -> bool:
+    """Returns whether a text is a version's digest, `sha256:<64 hex>`."""
+    return _DIGEST.fullmatch(text) is not None
+
+
 def check_name(kind: str, name: str) -> str:
     """Returns the name of a tenant, adapter or alias if it is well-formed.
 

@@ -196,6 +196,13 @@ def test_clear_cache_empties_the_folder_of_ours(server: Server, adapter: str, tm
     assert get(server, tmp_path, f"{adapter}@1")[1] == [200]
 
 
+def test_clear_cache_of_a_folder_that_was_removed_is_no_error(tmp_path: Path) -> None:
+    """A caller who clears it, as vLLM does in `reset_prefix_cache`, wants nothing else."""
+    with PrefixClient("http://127.0.0.1:1", "key", cache_dir=tmp_path / "cache") as client:
+        (tmp_path / "cache").rmdir()
+        client.clear_cache()
+
+
 def test_a_disk_that_refuses_costs_no_fetch(
     server: Server, adapter: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

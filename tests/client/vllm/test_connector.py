@@ -144,7 +144,7 @@ def test_an_adapter_in_a_list_or_a_text_of_parameters_is_never_ignored(name: str
     for value in ([{}, named], json.dumps(named), json.dumps([named])):
         with pytest.raises(InvalidRequest, match=rf"'{name}\.[a-z_]+', which vLLM would ignore"):
             adapters_asked({name: value})
-    plains: list[Any] = ["adapter", "[" * 100_000, [1, "adapter"], {}, ""]
+    plains: list[Any] = ["adapter", "[" * 10_000, [1, "adapter"], {}, ""]
     for plain in plains:
         assert adapters_asked({name: plain}) == ()
 
@@ -156,6 +156,13 @@ def test_keys_are_compared_up_to_a_limit() -> None:
     assert adapters_asked({**others, "inner": alike, **alike}) == ()
     with pytest.raises(InvalidRequest, match="more than 1000 keys that are like prefix_adapter"):
         adapters_asked({**alike, "ixad_one_more": 1})
+
+
+def test_a_long_text_of_json_is_no_place_for_an_adapter() -> None:
+    """The engine's one thread would parse it: it is refused instead, and any other text is left alone."""
+    with pytest.raises(InvalidRequest, match="extra_body is a text of JSON of more than 16384 characters"):
+        adapters_asked({"extra_body": " [" + "[]," * 10_000 + "[]]"})
+    assert adapters_asked({"extra_body": "words " * 10_000, "other": "{" * 100_000}) == ()
 
 
 def test_fields_of_vllm_and_data_of_the_callers_own_are_no_adapter() -> None:
@@ -188,6 +195,9 @@ def test_extra_parameters_of_an_engines_request_are_an_object() -> None:
         assert parameters_of(generating) == parameters_of(pooling) == (extra or {})
     with pytest.raises(InvalidRequest, match="extra_args must be an object"):
         parameters_of(SimpleNamespace(sampling_params=SimpleNamespace(extra_args=["a"]), pooling_params=None))
+    many = SimpleNamespace(extra_args={str(number): 1 for number in range(1001)})
+    with pytest.raises(InvalidRequest, match="1001 entries, more than 1000"):
+        parameters_of(SimpleNamespace(sampling_params=many, pooling_params=None))
 
 
 def _sampling(**options: Any) -> dict[str, Any]:

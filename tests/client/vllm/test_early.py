@@ -16,7 +16,7 @@ from prefix_service.client.vllm.scheduler import SchedulerHalf
 from prefix_service.client.vllm.shelf import Orders, Reports, Shelf
 from prefix_service.client.vllm.tally import Tally
 from prefix_service.client.vllm.worker import WorkerHalf
-from prefix_service.errors import NotFound, PrefixServiceError
+from prefix_service.errors import DimensionMismatch, NotFound, PrefixServiceError
 
 _MODEL = Model(num_layers=1, num_kv_heads=1, head_dim=1, dtype="float32", max_length=1000)
 _TOKEN = 8  # bytes
@@ -57,8 +57,9 @@ class _Scheduler:
         self.resolver = _Resolver()
         resolver: Any = self.resolver
         config = ConnectorConfig.of({"url": "http://127.0.0.1:1"})
-        self.shelf = Shelf(tokens * _TOKEN, 1, Tally())
-        self.half = SchedulerHalf(resolver, self.shelf, _MODEL, config, Tally())
+        self.tally = Tally()
+        self.shelf = Shelf(tokens * _TOKEN, 1, self.tally)
+        self.half = SchedulerHalf(resolver, self.shelf, _MODEL, config, self.tally)
 
     def arrive(self, name: str, adapter: str = "acme/a") -> Any:
         """Hands a request to the half, and returns it."""
@@ -80,6 +81,7 @@ class _Scheduler:
             num_prompt_tokens=2,
             _all_token_ids=[1, 2],
             cache_salt=None,
+            trace_headers=None,
             block_hashes=[],
             update_block_hashes=lambda: None,
         )
@@ -110,6 +112,28 @@ def test_the_fetch_begins_with_the_question_and_becomes_the_versions() -> None:
     scheduler.answered(request)
     second = scheduler.orders()
     assert (second.fetches, second.early, second.given_up) == ([(1, ("acme/a@sha256:a1",), 1)], [], [])
+    scheduler.half.close()
+
+
+def test_a_request_that_fails_after_a_preemption_leaves_the_metrics() -> None:
+    """Its blocks held the adapter, and the bytes could not be fetched again: the adapter is not shown as loaded."""
+    scheduler = _Scheduler()
+    request = scheduler.arrive("r")
+    scheduler.answered(request)
+    scheduler.orders()
+    scheduler.half.take_reports(Reports({1: 1}))
+    assert scheduler.half.matched(request, 0) == (20, True)
+    scheduler.half.allocated(request, ([1, 2],), 20)
+    scheduler.shelf.forget()  # so that the preempted request needs another parcel
+    assert scheduler.half.matched(request, 0) == (None, False)
+    scheduler.orders()
+    scheduler.half.take_reports(Reports({}, {2: NotFound("gone")}))
+    assert scheduler.half.matched(request, 0) == (None, False)
+    assert scheduler.half.matched(request, 0) == (1, True)
+    scheduler.half.finished(request)
+    counted = scheduler.half.counted()
+    assert counted is not None
+    assert (counted["loaded"], counted["failures"]) == ([], 1)
     scheduler.half.close()
 
 
@@ -168,8 +192,9 @@ def test_few_fetches_are_early_and_one_tenant_has_half_of_them() -> None:
     assert [early.begin(("acme/a",)) for _ in range(2)] == [6, None]
 
 
-def _prefix(version: Version) -> Any:
-    metadata = {"tenant": version.tenant, "adapter": version.adapter}
+def _prefix(version: Version, heads: int = 1) -> Any:
+    metadata = {"tenant": version.tenant, "adapter": version.adapter, "version": version.number}
+    metadata |= {"num_layers": 1, "num_kv_heads": heads, "head_dim": 1}
     return SimpleNamespace(metadata=metadata, digest=version.digest)
 
 
@@ -210,3 +235,23 @@ def test_a_worker_uses_an_early_fetch_if_it_is_the_versions(early: Any, asked: l
     assert (prefix.digest, gets, worker._early) == ("sha256:a1", asked, {})
     assert ended.wait(10)
     worker.close()
+
+
+def test_a_worker_takes_no_bytes_that_do_not_fit_the_model() -> None:
+    """The service said of the version that it fits, and sends a rank's heads of a prefix that has more of them."""
+    ended = threading.Event()
+
+    async def get(reference: str, **_: Any) -> Any:
+        return _prefix(_A, heads=2)
+
+    async def close() -> None:
+        ended.set()
+
+    source: Any = SimpleNamespace(get=get, close=close)
+    worker = WorkerHalf(source, _MODEL, (0, 1), 1 << 20)
+    worker._layers = {0: SimpleNamespace()}  # type: ignore[dict-item]
+    worker.start(Orders(fetches=[(1, (_A.reference,), None)]))
+    with pytest.raises(DimensionMismatch, match="has num_kv_heads 2, the model that vLLM serves has 1"):
+        worker._parcels[1].result(30)
+    worker.close()
+    assert ended.wait(10)

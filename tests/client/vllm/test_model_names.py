@@ -395,6 +395,16 @@ async def test_as_many_adapters_are_listed_as_are_kept(monkeypatch: pytest.Monke
     assert len(await of(Listed("acme", acme=9), None).cards()) == 3
 
 
+async def test_an_adapter_that_leaves_no_room_for_an_answer_is_not_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 128 tokens, 126 leave room for a prompt of one and an answer of one."""
+    items = {number: _item("a", number) for number in (1, 2, 3)}
+    for number, item in items.items():
+        item["latest"]["num_virtual_tokens"] = {1: 126, 2: 127, 3: 500}[number]
+    source = Listed("a", a=4)
+    monkeypatch.setattr("tests.client.vllm.test_model_names._item", lambda _, number: items[max(1, number)])
+    assert {(card["id"], card["max_model_len"]) for card in await of(source, None).cards()} == {("a/a00001", 2)}
+
+
 async def test_a_list_that_is_being_read_is_given_up_at_the_end() -> None:
     """Closing does not wait for a service that hangs."""
 

@@ -132,7 +132,7 @@ def test_what_is_loaded_is_reported_when_it_changes_and_up_to_a_limit() -> None:
     nothing: dict[str, Any] = {"load_seconds": [], "load_bytes": 0, "wait_seconds": [], "failures": 0}
     first = tally.take()
     loaded = [["acme/a", "cpu"], ["acme/a,acme/b", "gpu"]]
-    assert first == {**nothing, "load_seconds": [0.5], "load_bytes": 100, "loaded": loaded}
+    assert first == {**nothing, "load_seconds": [0.5], "load_bytes": 100, "loaded": loaded, "left": []}
     tally.unload(("acme/a@sha256:2",), HOST)
     assert tally.take() is None
     tally.add_wait(0.1)
@@ -141,10 +141,11 @@ def test_what_is_loaded_is_reported_when_it_changes_and_up_to_a_limit() -> None:
     assert second == {**nothing, "wait_seconds": [0.1], "failures": 1}
     tally.unload(("acme/a@sha256:1",), HOST)
     third = tally.take()
-    assert third == {**nothing, "loaded": loaded[1:]}
+    assert third == {**nothing, "loaded": loaded[1:], "left": loaded[:1]}
     both = {"load_seconds": [0.5], "load_bytes": 100, "wait_seconds": [0.1], "failures": 1}
-    assert added(first, second) == {**both, "loaded": loaded}
-    assert added(added(first, second), third) == {**both, "loaded": loaded[1:]}
+    assert added(first, second) == {**both, "loaded": loaded, "left": []}
+    assert added(added(first, second), third) == {**both, "loaded": loaded[1:], "left": loaded[:1]}
+    assert added(third, first)["left"] == []  # it is back
     assert added(second, second) == {**nothing, "wait_seconds": [0.1, 0.1], "failures": 2}
     for number in range(MOST_NAMED + 1):
         tally.load((f"acme/{number}",), HOST)

@@ -10,7 +10,7 @@ from torch import Tensor
 from prefix_service.client.vllm.model import Model
 from prefix_service.client.vllm.shelf import Load
 from prefix_service.client.vllm.worker import Layer, WorkerHalf
-from prefix_service.errors import InvalidRequest
+from prefix_service.errors import InvalidRequest, InvalidResponse
 
 _BLOCKS = 12
 _MODEL = Model(num_layers=2, num_kv_heads=2, head_dim=4, dtype="float32", max_length=64)
@@ -67,6 +67,15 @@ def test_positions_in_the_prefix_cache_are_not_written_again() -> None:
     worker._write(Load("r", 1, 4, 10, ([3, 5, 9], [0, 8, 2])), [_prefix(6), _prefix(4)])
     assert _written(full) == {20: 5, 21: 6, 22: 1, 23: 2, 36: 3, 37: 4}
     assert _written(window) == {32: 5, 33: 6, 34: 1, 35: 2, 8: 3, 9: 4}
+
+
+@pytest.mark.parametrize("sizes", [(6, 3), (6, 5), (9,), (11,)])
+def test_prefixes_of_another_length_than_the_service_named_are_not_written(sizes: tuple[int, ...]) -> None:
+    """Shorter ones would leave other requests' keys in the last slots, and longer ones would lose their end."""
+    layers = _layer(0, 4), _layer(0, 4)
+    with pytest.raises(InvalidResponse, match=f"{sum(sizes)} virtual tokens, and the service named 10"):
+        _worker(*layers)._write(Load("r", 1, 4, 10, ([3, 5, 9],)), [_prefix(size) for size in sizes])
+    assert not any(layer.module.kv_cache.any() for layer in layers)
 
 
 @pytest.mark.parametrize("blocks", [[], [0, 0], [0]])

@@ -396,6 +396,7 @@ def changed(metadata: Mapping[str, Any] | None = None, **tensors: Tensor) -> Rec
         (changed({"num_layers": None}), "num_layers should be a positive integer, got None"),
         (changed({"num_layers": True}), "num_layers should be a positive integer, got True"),
         (changed({"version": "1"}), "version should be a positive integer, got '1'"),
+        (changed({"digest": "sha256:1\r\nX: 1"}), r"digest should be sha256:<64 hex digits>, got 'sha256:1\\r"),
         (changed({"tenant": 7}), "tenant should be a text, got 7"),
         (
             changed({"key_dtype": "int8", "value_dtype": "float32"}),

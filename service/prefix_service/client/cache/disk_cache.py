@@ -112,9 +112,10 @@ class DiskCache:
 
     def clear(self) -> None:
         """Removes every entry in the folder, whichever service it came from."""
-        self._remove_old()
-        for found in self._files():
-            _remove(found.path)
+        with contextlib.suppress(FileNotFoundError):  # a folder that was removed has no entries
+            self._remove_old()
+            for found in self._files():
+                _remove(found.path)
 
     def _remove_old(self) -> None:
         """Removes the entries of earlier releases; a file that merely has such a name stays."""

@@ -17,6 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 from prefix_service.client.vllm import tally
 
 _SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0)
+_CHANGES: Final = (tally.LOADED, tally.LEFT)
 _MAX_LORA: Final = str(tally.MOST_NAMED + 1)  # routers take an engine with so many for full, and none of ours ever is
 _SHARED: Final = "PROMETHEUS_MULTIPROC_DIR"  # several API servers write their metrics into files, and remove none
 
@@ -103,26 +104,27 @@ class PrefixMetrics(KVConnectorPromMetrics):  # type: ignore[misc] # vLLM is not
             self._wait_seconds[engine_idx].observe(seconds)
         self._load_bytes[engine_idx].inc(transfer_stats_data[tally.LOAD_BYTES])
         self._failures[engine_idx].inc(transfer_stats_data[tally.FAILURES])
-        loaded = transfer_stats_data.get(tally.LOADED)
-        if loaded is not None:
-            self._show({(name, level) for name, level in loaded}, engine_idx)
+        if tally.LOADED in transfer_stats_data:
+            loaded, left = ({(name, level) for name, level in transfer_stats_data[key]} for key in _CHANGES)
+            self._show(loaded, left, engine_idx)
             if self._removes:
                 self._list({name for name, level in loaded if level == tally.HOST}, engine_idx)
 
-    def _show(self, loaded: set[tuple[str, str]], engine: int) -> None:
-        """Sets the series of loaded adapters to 1; removes the others, or sets them to 0 if that is impossible."""
+    def _show(self, loaded: set[tuple[str, str]], left: set[tuple[str, str]], engine: int) -> None:
+        """Sets the series of loaded adapters to 1, and removes the others.
+
+        Series that cannot be removed are set to 0, those of other servers too: of all servers' values, the one that was
+        set last counts, so each of them is set each time.
+        """
         values, shown = self.per_engine_labelvalues[engine], self._shown.setdefault(engine, set())
-        for key in shown - loaded:
-            if self._removes:
+        if self._removes:
+            for key in shown - loaded:
                 self._gauge.remove(*map(str, values), *key)
                 shown.remove(key)
-            else:
-                self._gauge.labels(*values, *key).set(0)
-        for key in loaded - shown:
-            if len(shown) < tally.MOST_NAMED:
+        for key in loaded - shown if self._removes else [*loaded, *(left | shown) - loaded]:
+            if key in shown or len(shown) < tally.MOST_NAMED:
                 shown.add(key)
-        for key in loaded & shown:
-            self._gauge.labels(*values, *key).set(1)
+                self._gauge.labels(*values, *key).set(int(key in loaded))
 
     def _list(self, names: set[str], engine: int) -> None:
         """Replaces an engine's list of adapters. Several in one request are left out: a comma ends a name there."""

@@ -132,6 +132,12 @@ class ModelList:
     def _card_of(self, name: str, version: Any) -> Card:
         try:
             self._model.check(version)
+            left = self._model.max_length - version["num_virtual_tokens"]
+            if left <= 1:  # a prompt of one token, and no room for an answer
+                raise DimensionMismatch(
+                    f"{name} has {version['num_virtual_tokens']} virtual tokens, which leave no room for an answer in "
+                    f"vLLM's max_model_len {self._model.max_length}"
+                )
             tenant, adapter, digest = version["tenant"], version["adapter"], version["digest"]
             return {
                 "id": name,
@@ -140,7 +146,7 @@ class ModelList:
                 "owned_by": tenant,
                 "root": f"{tenant}/{adapter}@{digest}",
                 "parent": self._parent,
-                "max_model_len": self._model.max_length - version["num_virtual_tokens"],
+                "max_model_len": left,
                 "permission": [],
             }
         except (KeyError, TypeError, ValueError) as error:

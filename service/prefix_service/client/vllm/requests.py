@@ -19,6 +19,8 @@ PARAMETER: Final = "prefix_adapter"
 CONTAINER: Final = "kv_transfer_params"
 BODY: Final = "body"
 _MAX_COMPARED: Final = 1000  # keys of a request that share a third of the parameter's letters without being it
+_MAX_EXTRA: Final = 1000  # extra parameters of an engine's request, whose one thread looks at each of them
+_MAX_TEXT: Final = 16 << 10  # characters of a text of JSON in which an adapter is looked for
 _OTHERS_OPTION: Final = "kv_connector_extra_config.other_parameters"
 
 # Objects of the caller's own data: schemas, metadata, another request's answer. Their keys name no parameters.
@@ -105,7 +107,8 @@ def misplaced(fields: Iterable[tuple[Any, Any]]) -> Iterator[str]:
     A null field counts as left out.
 
     Raises:
-        InvalidRequest: more than 1,000 different keys must be compared letter by letter.
+        InvalidRequest: more than 1,000 different keys must be compared letter by letter, or a field of parameters is a
+            long text of JSON.
     """
     compared = set[str]()
     waiting: list[tuple[_Path, Iterable[tuple[Any, Any]]]] = [((), fields)]
@@ -128,8 +131,17 @@ def misplaced(fields: Iterable[tuple[Any, Any]]) -> Iterator[str]:
 
 
 def _objects(key: Any, value: Any) -> list[Mapping[Any, Any]]:
-    """Return a field's object; of a field of parameters also those of a list, or the one that a text of JSON has."""
+    """Return a field's object; of a field of parameters also those of a list, or the one that a text of JSON has.
+
+    Raises:
+        InvalidRequest: the text has more than 16,384 characters.
+    """
     if key in _PARAMETERS and isinstance(value, str):
+        if len(value) > _MAX_TEXT and value.lstrip()[:1] in ("{", "["):
+            raise InvalidRequest(
+                f"{key} is a text of JSON of more than {_MAX_TEXT} characters, in which no adapter is looked for: send "
+                "an object"
+            )
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
@@ -197,12 +209,16 @@ def parameters_of(request: Any) -> Mapping[str, Any]:
     """Returns the extra parameters of a vLLM request.
 
     Raises:
-        InvalidRequest: they are no object.
+        InvalidRequest: they are no object, or more than 1,000.
     """
     sampling, pooling = request.sampling_params, request.pooling_params
     extra = sampling.extra_args if sampling is not None else pooling.extra_kwargs
     if extra is not None and not isinstance(extra, Mapping):
         raise InvalidRequest(f"extra_args must be an object, got {extra!r:.100}")
+    if extra is not None and len(extra) > _MAX_EXTRA:
+        raise InvalidRequest(
+            f"extra_args (in the HTTP API vllm_xargs) has {len(extra)} entries, more than {_MAX_EXTRA}"
+        )
     return extra or {}
 
 

@@ -139,8 +139,8 @@ class Resolver:
                 found = await self._source.resolve(reference)
         except TimeoutError as error:
             raise Unavailable(
-                f"the service did not say within {self._source.timeout} s what {reference} means; questions for tenant "
-                f"{tenant} are asked {self._slots.of(tenant)} in parallel, and the others wait"
+                f"the service did not say within {self._source.timeout} s what {reference} means: questions take "
+                "turns, tenant by tenant"
             ) from error
         self._model.check(asdict(found))
         await asyncio.to_thread(self._base_model.check, found)

@@ -157,6 +157,7 @@ class SchedulerHalf:
         known = isinstance(error, PrefixServiceError)
         log.error("request %s fails: %s", request.request_id, error, exc_info=None if known else error)
         self._leave(request.request_id)
+        self._note_out_of_cache(request.request_id)  # a preempted request's blocks had the prefixes
         request.kv_transfer_params = None  # vLLM reads it too, and would raise if it is not an object
         request.skip_reading_prefix_cache = (
             False  # else vLLM would not ask, and would answer as if no adapter were named
@@ -223,14 +224,19 @@ class SchedulerHalf:
     def finished(self, request: Any) -> dict[str, Any] | None:
         """Forgets a request, and cancels what it alone waits for. Returns the `kv_transfer_params` of its answer."""
         self._leave(request.request_id)
+        self._note_out_of_cache(request.request_id)
         ticket = self._tickets.pop(request.request_id, None)
         if ticket is None:
             return None
         if ticket.error is not None:
             attach(request, ticket.error)
-        if ticket.is_in_cache and ticket.composition is not None:
-            self._tally.unload(ticket.composition.references, CACHE)
         return None if ticket.composition is None else ticket.composition.answer_parameters
+
+    def _note_out_of_cache(self, request_id: str) -> None:
+        ticket = self._tickets.get(request_id)
+        if ticket is not None and ticket.is_in_cache and ticket.composition is not None:
+            self._tally.unload(ticket.composition.references, CACHE)
+            ticket.is_in_cache = False
 
     def _leave(self, request_id: str) -> None:
         """Notes that a request needs neither an answer of the service nor bytes any longer."""

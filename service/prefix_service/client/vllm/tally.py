@@ -14,6 +14,9 @@ CACHE: Final = "gpu"
 """Level of an adapter that is in vLLM's KV cache for a running request."""
 
 LOADED: Final = "loaded"
+LEFT: Final = "left"
+"""What was reported as loaded, and is no more: several servers share metrics, and each gets only some of the
+reports."""
 LOAD_SECONDS: Final = "load_seconds"
 LOAD_BYTES: Final = "load_bytes"
 WAIT_SECONDS: Final = "wait_seconds"
@@ -26,6 +29,7 @@ class Tally:
     def __init__(self) -> None:
         self._loaded: OrderedDict[tuple[str, str], int] = OrderedDict()  # name and level: how often
         self._has_changed = False
+        self._reported: list[tuple[str, str]] = []
         self._clear()
 
     def _clear(self) -> None:
@@ -72,7 +76,10 @@ class Tally:
             FAILURES: self._failures,
         }
         if self._has_changed:
-            counted[LOADED] = [list(key) for key in list(self._loaded)[-MOST_NAMED:]]
+            loaded = list(self._loaded)[-MOST_NAMED:]
+            counted[LOADED] = [list(key) for key in loaded]
+            counted[LEFT] = [list(key) for key in set(self._reported).difference(loaded)]
+            self._reported = loaded
         self._has_changed = False
         self._clear()
         return counted
@@ -87,4 +94,7 @@ def added(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     """Returns the sum of two readings, of which `other` is the later one."""
     both = {name: one[name] + other[name] for name in (LOAD_SECONDS, LOAD_BYTES, WAIT_SECONDS, FAILURES)}
     latest = other.get(LOADED, one.get(LOADED))
-    return both if latest is None else {**both, LOADED: latest}
+    if latest is None:
+        return both
+    left = [key for key in [*one.get(LEFT, ()), *other.get(LEFT, ())] if key not in latest]
+    return {**both, LOADED: latest, LEFT: left}

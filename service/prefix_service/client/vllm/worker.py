@@ -19,7 +19,7 @@ from prefix_service.client.vllm.model import Model
 from prefix_service.client.vllm.requests import References
 from prefix_service.client.vllm.shelf import Load, Orders, Reports
 from prefix_service.client.vllm.source import Source
-from prefix_service.errors import Internal, InvalidRequest, PrefixServiceError, TooLarge
+from prefix_service.errors import Internal, InvalidRequest, InvalidResponse, PrefixServiceError, TooLarge
 from prefix_service.prefix.variant import Span
 
 if TYPE_CHECKING:
@@ -130,10 +130,16 @@ class WorkerHalf:
         if early is not None:
             # The first piece names the size: most of the memory for the body has not been touched yet.
             return await all_of(
-                self._source.get(reference, **options, progress=partial(self._require_room, early, reference))
+                self._get(reference, **options, progress=partial(self._require_room, early, reference))
                 for reference in references
             )
-        return await all_of(self._source.get(reference, **options) for reference in references)
+        return await all_of(self._get(reference, **options) for reference in references)
+
+    async def _get(self, reference: str, **options: Any) -> "Prefix":
+        """Returns a prefix, whose own metadata must fit the model as what the service said of its version did."""
+        prefix = await self._source.get(reference, **options)
+        self._model.check(prefix.metadata)
+        return prefix
 
     def _require_room(self, number: int, reference: str, _arrived: int, total: int) -> None:
         """Notes the size of a prefix that is fetched early.
@@ -182,7 +188,13 @@ class WorkerHalf:
 
         The attention backend's own writer knows their layout and dtype. A layer with a window keeps the blocks that the
         window reaches alone; the prefix is written to all of each, since other requests may take over whole blocks.
+
+        Raises:
+            InvalidResponse: the prefixes are not as long as the service named them.
         """
+        length = sum(prefix.kv.tensor.shape[-2] for prefix in prefixes)
+        if length != load.end:
+            raise InvalidResponse(f"the prefixes have {length} virtual tokens, and the service named {load.end}")
         groups = {layer.group: layer.block_size for layer in self._layers.values()}
         places = {group: _places(load, load.block_ids[group], size) for group, size in groups.items()}
         tensors = [prefix.kv.tensor for prefix in prefixes]

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Final, cast, get_args
 
 from prefix_service.errors import InvalidResponse
+from prefix_service.prefix.references import is_digest
 from prefix_service.prefix.variant import DtypePair, Identity, KVDtype, Layout, Span, Variant
 
 _DTYPES: Final = get_args(KVDtype)
@@ -39,7 +40,7 @@ def read_identity(metadata: Mapping[str, Any]) -> Identity:
         tenant=_text(metadata, "tenant"),
         adapter=_text(metadata, "adapter"),
         version=_size(metadata, "version"),
-        digest=_text(metadata, "digest"),
+        digest=_digest(metadata),
         peft_type=_text(metadata, "peft_type"),
         base_model_name_or_path=None if base_model is None else _text(metadata, "base_model_name_or_path"),
         num_virtual_tokens=_size(metadata, "num_virtual_tokens"),
@@ -76,6 +77,13 @@ def _text(metadata: Mapping[str, Any], name: str) -> str:
     value = metadata.get(name)
     if not isinstance(value, str):
         raise _wrong(metadata, name, "a text")
+    return value
+
+
+def _digest(metadata: Mapping[str, Any]) -> str:
+    value = _text(metadata, "digest")  # it becomes a part of URLs, and vLLM's answers have it as a header
+    if not is_digest(value):
+        raise _wrong(metadata, "digest", "sha256:<64 hex digits>")
     return value
 
 
