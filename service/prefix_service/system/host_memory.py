@@ -68,7 +68,8 @@ def host_memory(nbytes: int) -> memoryview:
     """Returns writable memory of `nbytes` bytes, which returns to the system with its last view.
 
     Large memory is not filled with zeros first, and uses huge pages if the system has them: most of the cost of reading
-    a file from the page cache is the first touch of each small page.
+    a file from the page cache is the first touch of each small page. (In a virtual machine that returns free memory to
+    its host, the first touch of what was free for seconds takes longer with huge pages.)
 
     Raises:
         MemoryError: the system has no memory left.

@@ -15,12 +15,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few rounds of short prefixes; the page stays as it is")
     arguments = parser.parse_args()
+    if not arguments.quick:
+        from tests.benchmarks.vllm.page import keep  # draws with the extra `bench`: without it, this fails at once
     found = measure(quick=arguments.quick)
     for grid in found.grids:
         Console(width=160).print(grid.rich())
     if not arguments.quick:
-        from tests.benchmarks.vllm.page import keep  # draws with the extra `bench`
-
         keep(found)
 
 
