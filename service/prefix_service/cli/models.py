@@ -1,10 +1,10 @@
 """Base models on this machine, loaded by transformers without its own output; imports nothing of it until then."""
 
 import contextlib
+import os
 import re
 from collections.abc import Callable, Iterator
 from enum import StrEnum
-from pathlib import Path
 from typing import Any, Final
 
 from prefix_service.errors import InvalidRequest
@@ -41,7 +41,8 @@ def loaded(name: str, load: Callable[[], Any]) -> Any:
         InvalidRequest: it cannot, or `name` is neither a folder nor a possible name on Hugging Face, which transformers
             would ask for a minute all the same.
     """
-    if not Path(name).is_dir() and _NAME.fullmatch(name) is None:
+    # Of a name that is too long, pathlib would raise what the system says.
+    if _NAME.fullmatch(name) is None and not os.path.isdir(name):  # noqa: PTH112
         raise InvalidRequest(f"the model {name:.300} cannot be loaded: there is no such folder; check the path")
     try:
         return load()

@@ -108,6 +108,7 @@ def test_room_is_checked_before_the_model_is_loaded(
         ("compile --model {model} a b {folder}/out", 2, "name one ADAPTER_FOLDER"),
         ("compile --model {folder}/none --tokens {folder}/ids {folder}/out", 1, "none cannot be loaded: there is no "),
         ("compile --model ./no-such-folder --tokens {folder}/ids {folder}/out", 1, "there is no such folder"),
+        (f"compile --model ./{'n' * 300} --tokens {{folder}}/ids {{folder}}/out", 1, "there is no such folder"),
         ("compile --model ~/none --tokens {folder}/ids {folder}/out", 1, "there is no such folder"),
         ("compile --model {model} --tokens {folder}/words {folder}/out", 1, "must have token ids"),
         ("compile --model {model} --tokens {folder}/deep {folder}/out", 1, "must have token ids"),
