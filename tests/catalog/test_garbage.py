@@ -51,6 +51,18 @@ def held(database: Database) -> set[str]:
         return set(connection.scalars(sa.select(let_go.c.digest)))
 
 
+def test_forgetting_nothing_waits_for_no_writer(catalog: Catalog, garbage: Garbage) -> None:
+    """A collector with nothing to forget opens no transaction that writes, which would lend the reserve of the disk."""
+    publish(catalog, "acme", "a", version(1))
+    before = garbage.expired(0)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Database, "writing", lambda *_, **__: pytest.fail("it writes"))
+        assert not garbage.forget(before)
+    delete(catalog, "acme", "a")
+    garbage.forget(garbage.expired(-60))
+    assert held(catalog._database) == set()
+
+
 def test_what_a_version_names_is_wanted(catalog: Catalog, garbage: Garbage) -> None:
     """The weights and the keys and values of versions are wanted; other digests are not."""
     publish(catalog, "acme", "a", version(1))

@@ -20,6 +20,8 @@ CALLS: Final = (
 """Every call that changes what is on the disk."""
 
 _LINE: Final = re.compile(r"(\d+) +(\w+)\((.*)\) += (-?\d+|\?)(?: (\w+))?.*")
+_UNFINISHED: Final = " <unfinished ...>"
+_RESUMED: Final = re.compile(r"<\.\.\. \w+ resumed>")
 _PATH: Final = re.compile(r"(?:^\d+<([^>]*)>|^\"([^\"]*)\"(?:, \"([^\"]*)\")?)")
 
 
@@ -58,15 +60,22 @@ def traced(pid: int, output: Path, *inject: str, calls: str = CALLS) -> Iterator
 
 
 def calls_in(output: Path) -> list[Call]:
-    """Returns the calls of a trace, in order."""
+    """Returns the calls of a trace, in the order of their ends."""
     found = []
+    begun: dict[str, str] = {}
     for line in output.read_text(errors="replace").splitlines():
+        thread = line.split(" ", 1)[0]
+        if line.endswith(_UNFINISHED):  # another thread was heard in the middle of this call
+            begun[thread] = line.removesuffix(_UNFINISHED)
+            continue
+        if (resumed := _RESUMED.search(line)) is not None:
+            line = begun.pop(thread, "") + line[resumed.end() :]
         match = _LINE.fullmatch(line)
         if match is not None:
-            thread, name, arguments, _, error = match.groups()
+            number, name, arguments, _, error = match.groups()
             files = _PATH.match(arguments)
             first, second, third = files.groups() if files else (None, None, None)
-            found.append(Call(int(thread), name, first or second or "", third or "", error or "", "(INJECTED)" in line))
+            found.append(Call(int(number), name, first or second or "", third or "", error or "", "(INJECTED)" in line))
     return found
 
 

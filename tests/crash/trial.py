@@ -132,7 +132,9 @@ def _failed(point: Point) -> str:
             with _traced(point, child.pid, data_dir):
                 answer = child.change()
             trace = calls_in(data_dir.with_name("trace"))
-            _require(answer == DONE or answer in _refusals(point, trace), f"the change ended with {answer}")
+            failed = [call for call in trace if call.injected]
+            _require(len(failed) == 1, f"{len(failed)} calls failed instead of one, and the change ended with {answer}")
+            _require(answer == DONE or answer in _refusals(point, *failed), f"the change ended with {answer}")
             if _is_committed(trace):
                 answer = DONE  # too late for the change to be undone: it was refused, and yet it is there
             if OPERATIONS[base.operation].serves:
@@ -145,11 +147,9 @@ def _failed(point: Point) -> str:
         return "whole" if answer == DONE else "absent"
 
 
-def _refusals(point: Point, trace: list[Call]) -> set[str]:
-    failed = [call for call in trace if call.injected]
-    _require(len(failed) == 1, f"{len(failed)} calls failed instead of one")
+def _refusals(point: Point, failed: Call) -> set[str]:
     # SQLite notices a full disk only when it writes.
-    return _REFUSALS[point.fault] | ({"storage-failed"} if "catalog.sqlite" in failed[0].path else set())
+    return _REFUSALS[point.fault] | ({"storage-failed"} if "catalog.sqlite" in failed.path else set())
 
 
 def _is_committed(trace: list[Call]) -> bool:

@@ -2,7 +2,9 @@
 
 import errno
 import os
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,28 @@ def test_it_holds_space_and_lends_it(disk: Path) -> None:
     assert held(path) == RESERVED_BYTES
     with pytest.raises(OSError, match="No space left"):
         (disk / "more").write_bytes(bytes(8192))
+
+
+def test_what_is_lent_is_not_taken_for_space_that_is_left(disk: Path) -> None:
+    """While one process uses the reserve, the next waits for it, and does not take its space for free."""
+    path = disk / "reserve"
+    Reserve(path).fill()
+    fill(disk)
+    entered = threading.Event()
+
+    def deletes() -> bytes:
+        with Reserve(path).lent():
+            entered.set()
+            (disk / "journal").write_bytes(bytes(RESERVED_BYTES // 2))
+            (disk / "journal").unlink()
+        return b"done"
+
+    with ThreadPoolExecutor(1) as pool:
+        with Reserve(path).lent():
+            other = pool.submit(deletes)
+            assert not entered.wait(0.2)
+        assert other.result(60) == b"done"
+    assert held(path) == RESERVED_BYTES
 
 
 def test_it_holds_what_it_can(disk: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -34,6 +34,11 @@ def forget(connection: sa.Connection, before: datetime, limit: int) -> bool:
     return connection.execute(gone).rowcount == limit
 
 
+def noted(before: datetime) -> sa.ColumnElement[bool]:
+    """Returns whether there are notes of deletions that were made before a moment, for a query."""
+    return sa.exists().where(freed.c.since <= before)
+
+
 def uncollected() -> sa.ColumnElement[int]:
     """Returns a column for queries of `tenants`: the bytes that a tenant deleted and that are still on the disk."""
     noted = sa.select(sa.func.coalesce(sa.func.sum(freed.c.bytes), 0)).where(freed.c.tenant_id == tenants.c.id)

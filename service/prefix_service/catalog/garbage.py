@@ -130,6 +130,9 @@ class Garbage:
     def forget(self, before: datetime) -> bool:
         """Forgets some of what was let go before a moment, and has been collected since; returns whether there may be
         more."""
+        with self._database.reading() as connection:  # mostly there is nothing, and nobody waits for a writer
+            if not connection.scalar(sa.select(sa.exists().where(garbage.c.since <= before) | freed.noted(before))):
+                return False
         with self._database.writing(frees=True) as connection:
             early = sa.and_(garbage.c.since <= before, _is_free(now(connection)))
             # Another transaction holds a row to let it go again, or to forget it.

@@ -47,11 +47,16 @@ class Reserve:
         """Frees the space while the block runs, if the disk has less than `nbytes` left."""
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(OSError):  # the block itself reports what is wrong with the disk
-                if _free_bytes(self._path.parent) < self._nbytes:
+                # Another deletion may use the space now, and takes it back at its end: that is not left.
+                if self._left() < 2 * self._nbytes:
                     handle = stack.enter_context(locked(self._path, flags=os.O_RDWR))
-                    os.ftruncate(handle, 0)
-                    stack.callback(_allocate, handle, self._nbytes)
+                    if self._left() < self._nbytes:
+                        os.ftruncate(handle, 0)
+                        stack.callback(_allocate, handle, self._nbytes)
             yield
+
+    def _left(self) -> int:
+        return _free_bytes(self._path.parent)
 
 
 def _allocate(handle: int, nbytes: int) -> int:

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -52,10 +52,11 @@ class Watched:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Requests and PostgreSQL's statements, in a second, of all replicas."""
+    """Requests and PostgreSQL's statements, in a second, of all replicas; and each statement, by its first words."""
 
     requests: float
     statements: float
+    sent: Mapping[str, float]
 
 
 class Measuring:
@@ -180,4 +181,5 @@ class Measuring:
             stop.set()
             for thread in threads:
                 thread.join()
-        return Cost(sum(requests) / seconds, sum(statements.values()) / seconds)
+        sent = {text: count / seconds for text, count in statements.items()}
+        return Cost(sum(requests) / seconds, sum(sent.values()), sent)

@@ -19,6 +19,7 @@ def test_a_change_reaches_every_replica(postgresql: PostgreSQL, seaweedfs: Seawe
         assert (len(followed.moves), len(followed.revocations)) == (2, 2)
     assert (found.written.stale, found.written.refused, len(found.written.seconds)) == (0, 0, 6)
     assert (found.watched.cold, len(found.watched.seconds)) == (0, 2)
-    # Each read would add statements, and what is done beside them adds some at any moment.
-    assert found.loaded.statements - found.idle.statements < 0.2 * found.loaded.requests
+    # Replicas send some statements now and then, such as heartbeats; each read would send its own.
+    of_reads = [count for text, count in found.loaded.sent.items() if text not in found.idle.sent]
+    assert max(of_reads, default=0) < 0.5 * found.loaded.requests
     assert [len(grid.rows) for grid in grids(found).values()] == [6, 3, 2]
