@@ -16,7 +16,7 @@ from prefix_service.client.vllm.scheduler import SchedulerHalf
 from prefix_service.client.vllm.shelf import Orders, Reports, Shelf
 from prefix_service.client.vllm.tally import Tally
 from prefix_service.client.vllm.worker import WorkerHalf
-from prefix_service.errors import DimensionMismatch, NotFound, PrefixServiceError
+from prefix_service.errors import DimensionMismatch, NotFound, PrefixServiceError, TooLarge
 
 _MODEL = Model(num_layers=1, num_kv_heads=1, head_dim=1, dtype="float32", max_length=1000)
 _TOKEN = 8  # bytes
@@ -134,6 +134,27 @@ def test_a_request_that_fails_after_a_preemption_leaves_the_metrics() -> None:
     counted = scheduler.half.counted()
     assert counted is not None
     assert (counted["loaded"], counted["failures"]) == ([], 1)
+    scheduler.half.close()
+
+
+def test_a_request_that_a_worker_could_not_write_ends_with_the_reason() -> None:
+    """The reason that two workers report is on the request when vLLM ends it; one failure is counted."""
+    scheduler = _Scheduler()
+    request = scheduler.arrive("r")
+    scheduler.answered(request)
+    scheduler.orders()
+    scheduler.half.take_reports(Reports({1: 1}))
+    scheduler.half.matched(request, 0)
+    scheduler.half.allocated(request, ([1, 2],), 20)
+    unwritten = Reports(unwritten={"r": TooLarge("no memory")})
+    scheduler.half.take_reports(unwritten.aggregate(Reports(unwritten={"r": TooLarge("no memory")})))
+    scheduler.half.take_reports(Reports(unwritten={"r": TooLarge("again"), "gone": TooLarge("no memory")}))
+    scheduler.half.finished(request)
+    assert request.trace_headers == {"prefix-service-error": '[413, "no memory"]'}
+    counted = scheduler.half.counted()
+    assert counted is not None
+    assert counted["failures"] == 1
+    assert ["acme/a", "gpu"] not in counted["loaded"]
     scheduler.half.close()
 
 

@@ -1,5 +1,6 @@
 """The worker's half writes a prefix into the blocks that each group of layers keeps, and nowhere else."""
 
+from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prefix_service.client.vllm.model import Model
-from prefix_service.client.vllm.shelf import Load
+from prefix_service.client.vllm.shelf import Load, Orders, Reports
 from prefix_service.client.vllm.worker import Layer, WorkerHalf
 from prefix_service.errors import InvalidRequest, InvalidResponse
 
@@ -86,6 +87,20 @@ def test_a_group_that_keeps_nothing_of_a_prefix_gets_nothing(blocks: list[int]) 
     worker._write(Load("r", 1, 0, 8, ([3, 5], blocks)), [_prefix(8)])
     assert len(_written(full)) == 8
     assert _written(chunked) == {}
+
+
+def test_a_request_that_is_not_written_fails_when_the_scheduler_knows_why() -> None:
+    """Its reason is reported in the step that tried to write it, and the request as failed in the next one."""
+    worker = _worker(_layer(0, 4), _layer(0, 4))
+    arrived: Future[Any] = Future()
+    arrived.set_result([_prefix(3)])
+    worker._parcels[1] = arrived
+    worker.start(Orders(loads=[Load("short", 1, 0, 4, ([1],)), Load("r", 1, 0, 3, ([2],)), Load("refused", None)]))
+    assert worker.finish() == ({"r", "refused"}, {"refused"})
+    assert {name: type(error) for name, error in worker.reports().unwritten.items()} == {"short": InvalidResponse}
+    assert worker.finish() == ({"short"}, {"short"})
+    assert worker.reports() == Reports()
+    assert worker.finish() == (set(), set())
 
 
 def test_narrower_layers_get_a_part_of_the_prefix_where_layers_differ() -> None:

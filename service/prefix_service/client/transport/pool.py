@@ -146,7 +146,7 @@ class Pool:
         headers: Mapping[str, str] | None = None,
         observe: Observer | None = None,
         most: int = MOST_UNDECLARED,
-        race: Race | None = None,
+        race: "Race[Pool] | None" = None,
     ) -> tuple[Head, memoryview]:
         """Sends a request with additional `headers`; returns head and body of its answer before the time `until` of
         `time.monotonic`.
@@ -190,7 +190,7 @@ class Pool:
                 if link.has_begun or interrupt.is_broken or (race is not None and race.has_begun):
                     raise
                 self._close_idle()
-        return over(Link(self.connection.dial(until if race is None else race.connected_by)), until)
+        return over(self.dial(until if race is None else race.connected_by), until)
 
     async def exchange_on_loop(
         self,
@@ -201,7 +201,7 @@ class Pool:
         headers: Mapping[str, str] | None = None,
         observe: Observer | None = None,
         most: int = MOST_UNDECLARED,
-        race: Race | None = None,
+        race: "Race[Pool] | None" = None,
     ) -> tuple[Head, memoryview]:
         """Exchanges a GET on the running event loop; a new connection is made in a thread.
 
@@ -264,6 +264,14 @@ class Pool:
                 return link
             link.socket.close()
 
+    def dial(self, until: float) -> Link:
+        """Returns a new connection, made before the time `until` of `time.monotonic`.
+
+        Raises:
+            OSError: there is none.
+        """
+        return Link(self.connection.dial(until))
+
     async def dial_in_thread(self, until: float) -> Link:
         """Returns a new connection, made in a thread before the time `until` of `time.monotonic`.
 
@@ -280,7 +288,7 @@ class Pool:
     def _dial_prepared(self, until: float) -> Link:
         import prefix_service.prefix.wire.received  # noqa: F401 - imports torch, which would hold up the event loop at the first answer
 
-        return Link(self.connection.dial(until))
+        return self.dial(until)
 
     def _keep(self, link: Link) -> None:
         """Keeps a connection for another request, or closes it."""

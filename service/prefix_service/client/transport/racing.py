@@ -3,24 +3,40 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from inspect import GEN_CLOSED, getgeneratorstate
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import Final, Protocol, TypeVar
 
 from prefix_service.client.protocol import Request
 from prefix_service.client.transport.link import Link, carry_out, carry_out_first, carry_out_on_loop
-
-if TYPE_CHECKING:
-    from prefix_service.client.transport.pool import Pool
-
-_Won = tuple["Pool", Link, int]
-"""The pool and the connection over which an answer begins, and the number of its first bytes."""
 
 _HEDGE_CONNECTS: Final = 0.25
 """Seconds that a thread spends on a connection to another address, while this one may answer."""
 
 
-class Race(Protocol):
+class Contestant(Protocol):
+    """One address: the pool of its connections."""
+
+    def message(self, request: Request, headers: Mapping[str, str] | None = None) -> tuple[bytes, Iterable[bytes]]:
+        """Returns a request's head with additional `headers`, and the pieces of its body."""
+
+    def idle_one(self, request: Request) -> Link | None:
+        """Returns a connection that was used before, if there is one."""
+
+    def dial(self, until: float) -> Link:
+        """Returns a new connection."""
+
+    async def dial_in_thread(self, until: float) -> Link:
+        """Returns a new connection, made in a thread."""
+
+
+P = TypeVar("P", bound=Contestant)
+
+_Won = tuple[P, Link, int]
+"""The pool and the connection over which an answer begins, and the number of its first bytes."""
+
+
+class Race(Protocol[P]):
     """The help that a GET gets from a service's other addresses.
 
     `connected_by` and `first_by` are the times of `time.monotonic` until which this address may take to connect, and to
@@ -35,16 +51,16 @@ class Race(Protocol):
     def has_begun(self) -> bool:
         """Whether an answer has begun to arrive."""
 
-    def second(self) -> "Pool | None":
+    def second(self) -> P | None:
         """Returns the pool to another address, if there is one to ask now."""
 
-    def begins(self, pool: "Pool") -> None:
+    def begins(self, pool: P) -> None:
         """Notes that an answer began to arrive over a pool."""
 
 
 def first_answer(
-    pool: "Pool", link: Link, request: Request, headers: Mapping[str, str] | None, first_by: float, race: Race
-) -> _Won:
+    pool: P, link: Link, request: Request, headers: Mapping[str, str] | None, first_by: float, race: Race[P]
+) -> _Won[P]:
     """Sends a GET over a connection of a pool; if no answer begins in time, sends it to another address too.
 
     Returns the pool and the connection over which an answer began first, and the number of its first bytes. The caller
@@ -66,7 +82,7 @@ def first_answer(
     if (other := race.second()) is not None:
         with contextlib.suppress(OSError):  # this address may still answer
             dial_by = min(first_by, time.monotonic() + _HEDGE_CONNECTS)
-            second = other.idle_one(request) or Link(other.connection.dial(dial_by))
+            second = other.idle_one(request) or other.dial(dial_by)
             runs.append((second.begin(other.message(request, headers)[0]), second.socket))
             links.append((other, second))
     try:
@@ -82,8 +98,8 @@ def first_answer(
 
 
 async def first_answer_on_loop(
-    pool: "Pool", link: Link, request: Request, headers: Mapping[str, str] | None, first_by: float, race: Race
-) -> _Won:
+    pool: P, link: Link, request: Request, headers: Mapping[str, str] | None, first_by: float, race: Race[P]
+) -> _Won[P]:
     """Sends a GET as `first_answer` does, on the running event loop.
 
     Raises:
@@ -99,10 +115,10 @@ async def first_answer_on_loop(
         race.begins(pool)
         return pool, link, count
 
-    async def go_on() -> _Won:
+    async def go_on() -> _Won[P]:
         return pool, link, await carry_out_on_loop(steps, link.socket, first_by)
 
-    async def begin(other: "Pool") -> _Won:
+    async def begin(other: P) -> _Won[P]:
         second = other.idle_one(request) or await other.dial_in_thread(first_by)
         try:
             return (
@@ -124,14 +140,14 @@ async def first_answer_on_loop(
     return first, winner, count
 
 
-async def _first_success(runs: "Sequence[asyncio.Task[_Won]]") -> _Won:
+async def _first_success(runs: Sequence[asyncio.Task[_Won[P]]]) -> _Won[P]:
     """Returns the result of the task that succeeds first, and cancels the others.
 
     Raises:
         OSError: all of them failed.
     """
     waiting = set(runs)
-    winner: asyncio.Task[_Won] | None = None
+    winner: asyncio.Task[_Won[P]] | None = None
     try:
         while winner is None and waiting:
             done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)

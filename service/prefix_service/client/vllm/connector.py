@@ -183,9 +183,9 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] # 
         return KVConnectorTransferResults(finished_recving=done, failed_recving=failed)
 
     def build_connector_worker_meta(self) -> PrefixReports | None:
-        """Returns the fetches that ended since the last step."""
+        """Returns the fetches that ended since the last step, and what this step could not write."""
         reports = self.half.reports()
-        return PrefixReports(reports) if reports.arrived or reports.failed else None
+        return PrefixReports(reports) if reports.arrived or reports.failed or reports.unwritten else None
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Does nothing: a request begins when all of its layers are written."""

@@ -220,6 +220,12 @@ class SchedulerHalf:
     def take_reports(self, reports: Reports) -> None:
         """Notes the workers' reports of a step."""
         self._shelf.take_reports(reports)
+        for request_id, error in reports.unwritten.items():
+            ticket = self._tickets.get(request_id)
+            if ticket is not None and ticket.error is None:  # the workers report it as failed in the next step
+                self._note_out_of_cache(request_id)
+                self._tally.add_failure()
+                ticket.error = error
 
     def finished(self, request: Any) -> dict[str, Any] | None:
         """Forgets a request, and cancels what it alone waits for. Returns the `kv_transfer_params` of its answer."""

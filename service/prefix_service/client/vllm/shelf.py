@@ -48,16 +48,19 @@ class Orders:
 
 @dataclass(slots=True)
 class Reports:
-    """The parcels that arrived since the last step, and on how many workers; those that failed, and why."""
+    """The parcels that arrived since the last step, and on how many workers; those that failed, and why; and the
+    requests into whose blocks a worker could not write its parcel, and why."""
 
     arrived: dict[int, int] = field(default_factory=dict)
     failed: dict[int, PrefixServiceError] = field(default_factory=dict)
+    unwritten: dict[str, PrefixServiceError] = field(default_factory=dict)
 
     def aggregate(self, other: "Reports") -> "Reports":
         """Returns the reports of two groups of workers as one."""
         for number, count in other.arrived.items():
             self.arrived[number] = self.arrived.get(number, 0) + count
         self.failed.update(other.failed)
+        self.unwritten.update(other.unwritten)
         return self
 
 

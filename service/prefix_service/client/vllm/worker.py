@@ -63,6 +63,7 @@ class WorkerHalf:
         self._early_sizes: dict[int, dict[str, int]] = {}  # bytes of each reference, by the number of the fetch
         self._unreported: set[int] = set()
         self._loads: list[tuple[Load, Future[list[Prefix]] | None]] = []
+        self._unwritten: dict[str, PrefixServiceError] = {}  # requests whose prefixes the last step did not write
 
     def register(self, layers: Mapping[int, Layer]) -> None:
         """Registers the attention layers of this rank, by their number in the model.
@@ -154,34 +155,40 @@ class WorkerHalf:
         sizes[reference] = total
 
     def reports(self) -> Reports:
-        """Returns the parcels that arrived or failed since the last step."""
-        reports = Reports()
+        """Returns the parcels that arrived or failed since the last step, and what this step did not write."""
+        reports = Reports(unwritten=dict(self._unwritten))
         for number in [number for number in self._unreported if self._parcels[number].done()]:
             self._unreported.remove(number)
             error = self._parcels[number].exception()
             if error is None:
                 reports.arrived[number] = 1
-            elif isinstance(error, PrefixServiceError):
-                reports.failed[number] = error
             else:
-                log.error("the bytes of a prefix cannot be had", exc_info=error)
-                reports.failed[number] = Internal(f"an unexpected error in a worker: {error!r:.200}")
+                if not isinstance(error, PrefixServiceError):
+                    log.error("the bytes of a prefix cannot be had", exc_info=error)
+                reports.failed[number] = _reason(error)
         return reports
 
     def finish(self) -> tuple[set[str], set[str]]:
-        """Writes the prefixes that this step loads; returns the requests that are done, and which of them failed."""
+        """Writes the prefixes that this step loads; returns the requests that are done, and which of them failed.
+
+        A request whose prefixes cannot be written fails in the next step: vLLM ends requests that failed in a step
+        before it passes the step's reports on, and the scheduler's half must have the reason by then.
+        """
         loads, self._loads = self._loads, []
-        failed = set[str]()
+        failed = set(self._unwritten)
+        self._unwritten = {}
+        done = set(failed)
         for load, parcel in loads:
             try:
                 if parcel is None:
                     failed.add(load.request_id)
                 else:
                     self._write(load, parcel.result(timeout=0))
+                done.add(load.request_id)
             except (Exception, asyncio.CancelledError) as error:
                 log.error("request %s fails", load.request_id, exc_info=error)  # noqa: TRY400
-                failed.add(load.request_id)
-        return {load.request_id for load, _ in loads}, failed
+                self._unwritten[load.request_id] = _reason(error)
+        return done, failed
 
     def _write(self, load: Load, prefixes: "Sequence[Prefix]") -> None:
         """Writes prefixes into a request's blocks.
@@ -212,6 +219,13 @@ class WorkerHalf:
     def close(self) -> None:
         """Ends the thread and the connections."""
         self._background.close(self._source.close)
+
+
+def _reason(error: BaseException) -> PrefixServiceError:
+    """Returns an error as one that can be sent to the scheduler and to a caller."""
+    if isinstance(error, PrefixServiceError):
+        return error
+    return Internal(f"an unexpected error in a worker: {error!r:.200}")
 
 
 def _is_of(prefix: "Prefix", reference: str) -> bool:
