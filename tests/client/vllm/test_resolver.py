@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from prefix_service.client import Fingerprint, PrefixClient
+from prefix_service.client import AsyncPrefixClient, Fingerprint, PrefixClient
 from prefix_service.client.base_model_check import BaseModelCheck
 from prefix_service.client.vllm.background import Background
 from prefix_service.client.vllm.base_model import BaseModel
@@ -213,6 +213,36 @@ async def test_a_rotated_key_is_read_again_from_its_file(server: Server, publish
     assert source._tenant[0] is source._client
     assert await source.tenant() is None
     await source.close()
+
+
+async def test_the_client_of_a_replaced_key_is_closed_when_its_last_call_ends(
+    server: Server, publish: Publish, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine whose key rotates every hour keeps one client open; calls that wait for the old one get answers."""
+    publish("quick", "a", GPT2)
+    closed: list[AsyncPrefixClient] = []
+    close = AsyncPrefixClient.close
+
+    async def noted(client: AsyncPrefixClient) -> None:
+        closed.append(client)
+        await close(client)
+
+    monkeypatch.setattr(AsyncPrefixClient, "close", noted)
+    file = tmp_path / "key"
+    file.write_text("prefix_" + "0" * 16)
+    source = Source(ConnectorConfig.of({"url": server.url, "api_key_file": file}), 0)
+    first, answer = source._client, asyncio.Event()
+    waiting = asyncio.create_task(source._call(lambda _: answer.wait()))
+    await asyncio.sleep(0)
+    file.write_text(server.admin_key)
+    await asyncio.gather(*(source.get("quick/a") for _ in range(3)))
+    assert (source._client is first, closed) == (False, [])
+    answer.set()
+    assert await waiting
+    assert closed == [first]
+    assert not source._calls
+    await source.close()
+    assert closed == [first, source._client]
 
 
 def test_work_in_the_background_can_be_cancelled_and_ends_with_its_loop() -> None:

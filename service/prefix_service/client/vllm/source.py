@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -30,7 +31,7 @@ class Source:
         self.timeout = config.timeout
         self._key = config.api_key()
         self._client = self._new_client()
-        self._retired: list[AsyncPrefixClient] = []
+        self._calls = Counter[AsyncPrefixClient]()  # under way, of clients whose key was replaced too
         self._tenant: tuple[AsyncPrefixClient, asyncio.Task[str | None]] | None = None
 
     def _new_client(self) -> AsyncPrefixClient:
@@ -116,16 +117,31 @@ class Source:
         client = self._client
         try:
             try:
-                return await ask(client)
+                return await self._ask(client, ask)
             except Unauthenticated:
                 if not await self._has_renewed(client):
                     raise
-            return await ask(self._client)
+            return await self._ask(self._client, ask)
         except Unauthenticated as error:  # callers of vLLM have a key of their own: they must not take it for that
             place = self._config.api_key_env if self._config.api_key_file is None else "api_key_file"
             raise Unauthenticated(
                 f"prefix-service refuses the key that vLLM has from {place}: {error.message}"
             ) from error
+
+    async def _ask(self, client: AsyncPrefixClient, ask: Callable[[AsyncPrefixClient], Awaitable[T]]) -> T:
+        self._calls[client] += 1
+        try:
+            return await ask(client)
+        finally:
+            self._calls[client] -= 1
+            await self._close_unless_needed(client)
+
+    async def _close_unless_needed(self, client: AsyncPrefixClient) -> None:
+        """Closes a client whose key was replaced, once no call waits for its answers."""
+        if not self._calls[client]:
+            del self._calls[client]
+            if client is not self._client:
+                await client.close()
 
     async def _has_renewed(self, client: AsyncPrefixClient) -> bool:
         """Returns whether another client has replaced the one whose key was refused."""
@@ -136,12 +152,12 @@ class Source:
                 log.warning("the service refuses the key, and %s", error)
                 return False
             if self._client is client and key != self._key:
-                self._retired.append(client)  # other calls may wait for its answers
                 self._key = key
                 self._client = self._new_client()
                 if self._tenant is not None:  # asked while the service answers, for requests that come while it is away
                     self._tenant = self._client, asyncio.create_task(self._ask_tenant())
                     self._tenant[1].add_done_callback(_has_failed)  # its exception counts as retrieved
+                await self._close_unless_needed(client)
         return self._client is not client
 
     def forget(self) -> None:
@@ -152,7 +168,7 @@ class Source:
         """Closes every connection."""
         if self._tenant is not None:
             self._tenant[1].cancel()
-        for client in (*self._retired, self._client):
+        for client in {*self._calls, self._client}:
             await client.close()
 
 
