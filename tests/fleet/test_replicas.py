@@ -142,6 +142,8 @@ def test_who_serves(fleet: Fleet) -> None:
     listed = first.get("/v1/replicas").json()["items"]
     assert sorted(item["address"] for item in listed) == ["http://replica-0:8080", "http://replica-1:8080"]
     assert all(item["started"] <= item["seen"] for item in listed)
+    numbered = {client.get("/v1/live").json()["replica"] for client in fleet.clients}
+    assert numbered == {item["id"] for item in listed}
 
     def caught_up() -> bool:
         items = first.get("/v1/replicas").json()["items"]

@@ -21,7 +21,7 @@ class Replicas:
     """
 
     def __init__(self, database: Database, replica: str) -> None:
-        self._database, self._replica = database, replica
+        self._database, self.replica = database, replica
         self._process = secrets.token_hex(8)
 
     def beat(self, serving: Serving) -> int:
@@ -34,7 +34,7 @@ class Replicas:
         values = {name: getattr(serving, name) for name in Serving.__dataclass_fields__}
         with self._database.writing() as connection:
             moment = now(connection)
-            own = {"process": self._process, "replica": self._replica, "started": moment}
+            own = {"process": self._process, "replica": self.replica, "started": moment}
             statement = insert(connection, replicas).values(**own, seen=moment, **values)
             again = {"seen": moment, **values}
             connection.execute(statement.on_conflict_do_update(index_elements=["process"], set_=again))

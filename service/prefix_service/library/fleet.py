@@ -17,6 +17,7 @@ from prefix_service.registry.registry import AdapterRegistry
 log = logging.getLogger("prefix_service")
 
 _PAUSE: Final = 5.0  # seconds between two signs of life; replicas count as living for three of them
+_ALONE: Final = "local"  # the id of a service that is no replica
 _LEAVE: Final = 2.0  # seconds that the end may take
 
 
@@ -39,6 +40,11 @@ class Fleet:
         self._replicas, self._feed, self._registry, self._on_living = replicas, feed, registry, on_living
         self._address, self._release = address, release
         self._started = datetime.now(UTC).replace(tzinfo=None)
+
+    @property
+    def replica(self) -> str:
+        """The id of the replica that this process belongs to."""
+        return _ALONE if self._replicas is None else self._replicas.replica
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -67,7 +73,7 @@ class Fleet:
         if self._replicas is not None:
             return await read_catalog(self._replicas.listed)
         now = datetime.now(UTC).replace(tzinfo=None)
-        return [Replica("local", self._started, now, self._serving())]
+        return [Replica(_ALONE, self._started, now, self._serving())]
 
     async def _keep_beating(self, replicas: Replicas) -> None:
         is_failing = False

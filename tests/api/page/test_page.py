@@ -823,11 +823,43 @@ def test_the_first_numbers(admin_page: Seen) -> None:
     assert spans == [[1_799_999_400, 1_800_000_000], [0, 600], [1_800_000_000, 1_800_003_600]]
 
 
+def minute(at: int = 1_800_000_000, *, replica: str = "local", requests: int) -> dict[str, Any]:
+    """Returns the live numbers of one slot."""
+    numbers: dict[str, Any] = {"replica": replica, "seconds": 5, "at": [at], "requests": [requests], "bytes": [1]}
+    numbers |= {"cold_loads": [0], "p50": [0.1], "p99": [0.1], "problems": {}, "in_flight": [0]}
+    return numbers | {"in_flight_limit": None, "tiers": [], "tenants": []}
+
+
+def test_now_shows_one_replica(admin_page: Seen) -> None:
+    """If another replica answers after the stream ended, the view begins anew with its numbers, and names it."""
+    page, asked = admin_page.page, list[str]()
+    answers = [
+        [minute(replica="aa", requests=50)],
+        [minute(1_800_000_005, replica="bb", requests=7)],
+        [minute(replica="bb", requests=10), minute(1_800_000_005, replica="bb", requests=20)],
+    ]
+
+    def answer(route: Route) -> None:
+        asked.append(route.request.url.partition("since=")[2])
+        documents = answers[min(len(asked), len(answers)) - 1]
+        body = "".join(f"data: {json.dumps(document)}\n\n" for document in documents)
+        route.fulfill(body=body, content_type="text/event-stream")
+
+    page.route("**/v1/live?**", answer)
+    admin_page.open("adapters/acme", "Adapters of acme")
+    admin_page.open("now", "Now")
+    expect(page.get_by_text("the last hour of replica aa; others count their own")).to_be_visible()
+    tile = page.locator(".tile").filter(has_text="requests a second")
+    expect(tile).to_contain_text("10")
+    expect(page.get_by_text("the last hour of replica bb; others")).to_be_visible()
+    expect(tile).to_contain_text("3")  # (10 + 20) / 10 s, without the 50 of the other
+    assert asked[:3] == ["0", "1800000005", "0"]
+
+
 def test_now_claims_only_what_it_knows(admin_page: Seen) -> None:
     """Nothing is said of memory without its numbers, which a tenant does not get; no failure is not no request."""
     page = admin_page.page
-    quiet = {"seconds": 5, "at": [1_800_000_000], "requests": [3], "bytes": [1], "cold_loads": [0], "p50": [0.1]}
-    quiet |= {"p99": [0.1], "problems": {}, "in_flight": [0], "in_flight_limit": None, "tiers": [], "tenants": []}
+    quiet = minute(requests=3)
     body = f"data: {json.dumps(quiet)}\n\n"
     page.route("**/v1/live?**", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
     admin_page.open("adapters/acme", "Adapters of acme")

@@ -104,6 +104,7 @@ def test_a_stream_goes_on(server: Server) -> None:
         first = next(events)
         second = next(events)
         assert second["at"][0] == first["at"][-1] + first["seconds"]
+        assert first["replica"] == second["replica"] == server.client().get("/v1/replicas").json()["items"][0]["id"]
 
 
 @pytest.mark.one_process("each process bounds its own streams")

@@ -79,25 +79,24 @@ export async function items(path, parameters = {}, most = 1000) {
   return found;
 }
 
-// Follow a stream of server-sent events until `signal` aborts; begin again where it ended.
+// Follow a stream of server-sent events until `signal` aborts; begin again where it ended, or from the start if another
+// replica answers, which has its own numbers.
 export async function follow(path, onDocument, signal) {
   let since = 0;
+  let replica = null;
   while (!signal.aborted) {
     try {
+      let isWhole = since === 0;
       const answer = await send("GET", path + query({ since }), { headers: { Accept: "text/event-stream" }, signal });
-      const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
-      let text = "";
-      for (let part = await reader.read(); !part.done; part = await reader.read()) {
-        text += part.value;
-        const events = text.split("\n\n");
-        text = events.pop();
-        for (const event of events) {
-          const data = event.split("\n").find((line) => line.startsWith("data: "));
-          if (!data) continue;
-          const document = JSON.parse(data.slice(6));
-          if (document.at.length) since = document.at.at(-1) + Math.ceil(document.seconds);
-          onDocument(document, null);
+      for await (const document of documents(answer.body)) {
+        if (!isWhole && document.replica !== replica) {
+          since = 0;
+          break;
         }
+        replica = document.replica;
+        if (document.at.length) since = document.at.at(-1) + Math.ceil(document.seconds);
+        onDocument(document, null, isWhole);
+        isWhole = false;
       }
     } catch (error) {
       if (signal.aborted) return;
@@ -105,6 +104,24 @@ export async function follow(path, onDocument, signal) {
       if (error.status === 401 || error.status === 403 || error.status === 404) return;
     }
     await new Promise((resolve) => setTimeout(resolve, 2000));
+  }
+}
+
+async function* documents(body) {
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  try {
+    let text = "";
+    for (let part = await reader.read(); !part.done; part = await reader.read()) {
+      text += part.value;
+      const events = text.split("\n\n");
+      text = events.pop();
+      for (const event of events) {
+        const data = event.split("\n").find((line) => line.startsWith("data: "));
+        if (data) yield JSON.parse(data.slice(6));
+      }
+    }
+  } finally {
+    await reader.cancel();
   }
 }
 

@@ -46,10 +46,11 @@ class LiveTenant(BaseModel):
 
 
 class LiveNumbers(BaseModel):
-    """Numbers of the last hour, of all worker processes, in slots of `seconds`; each list has a number for every slot.
-    `p50` and `p99` are seconds from a request's head to its last byte, null without requests. A tenant's document has
-    no tiers, no other tenants, and no limit, which is the process's."""
+    """Numbers of the last hour, of all worker processes of one replica, in slots of `seconds`; each list has a number
+    for every slot. `p50` and `p99` are seconds from a request's head to its last byte, null without requests. A
+    tenant's document has no tiers, no other tenants, and no limit, which is the process's."""
 
+    replica: str = Field(description="the replica that answered, as in `GET /v1/replicas`: others count their own")
     seconds: float
     at: list[int] = Field(description="when each slot began: seconds since 1970")
     requests: list[int]
@@ -101,4 +102,5 @@ async def _events(state: State, tenant: str | None, since: float, watcher: Watch
 
 async def _document(state: State, tenant: str | None, since: float) -> bytes:
     read = state.live.read(tenant, since)
-    return await state.admission.run(tenant or PLATFORM, lambda: orjson.dumps(read()))
+    whose = {"replica": state.fleet.replica}
+    return await state.admission.run(tenant or PLATFORM, lambda: orjson.dumps(whose | read()))

@@ -17,15 +17,16 @@ export default function Now() {
   useEffect(() => {
     const ended = new AbortController();
     const path = isPlatform() ? "v1/live" : tenantPath(me.value.tenant, "live");
-    follow(path, (document, failure) => {
+    follow(path, (document, failure, isWhole) => {
       setError(failure);
-      if (document) live.current = live.current ? joined(live.current, document) : document;
+      if (document) live.current = isWhole ? document : joined(live.current, document);
       draw((count) => count + 1);
     }, ended.signal);
     return () => ended.abort();
   }, []);
   const data = live.current;
-  return html`<${Title} beside=${html`<span class="soft">live · the last hour</span>`}>Now</${Title}>
+  const whose = data && data.replica !== "local" ? ` of replica ${data.replica}; others count their own` : "";
+  return html`<${Title} beside=${html`<span class="soft">live · the last hour${whose}</span>`}>Now</${Title}>
     <${Failure} error=${error} />
     ${data ? html`<${Numbers} data=${data} />` : !error && html`<p class="soft">Waiting for the first numbers…</p>`}`;
 }
