@@ -183,6 +183,21 @@ async def test_a_lost_reply_to_a_commit(tenants: Tenants, monkeypatch: pytest.Mo
     assert [one.name for one in tenants.listed("", 9)] == ["acme"]
 
 
+async def test_a_transaction_that_loses_its_connection_late_is_tried_again(url: str) -> None:
+    """It may have run for long: that is no reason to refuse the next ones, as it is after waiting in vain."""
+    with closing(Database(url)) as database:
+        database._writes._patience = 0.0  # every transaction takes longer
+        is_cut = [True, False]
+
+        def transaction() -> str:
+            with database.writing() as connection:
+                if is_cut.pop(0):
+                    connection.exec_driver_sql("SELECT pg_terminate_backend(pg_backend_pid())")
+            return "written"
+
+        assert await write_catalog(transaction) == "written"
+
+
 def test_a_reply_that_nobody_can_look_for_is_a_failure(
     tenants: Tenants, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:

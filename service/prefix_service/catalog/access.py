@@ -163,7 +163,7 @@ class Access:
     @contextlib.contextmanager
     def connected(self) -> Iterator[sa.Connection]:
         """Lend a connection, and translate failures of the block; one that took long is repeated to all callers of the
-        next second, and to those who wait.
+        next second, and to those who wait, unless another try may succeed immediately.
 
         Raises:
             InvalidRequest, OutOfSpace, StorageFailed: as `Database.writing`.
@@ -176,7 +176,7 @@ class Access:
                 yield connection
         except StorageFailed as error:
             ended = time.monotonic()
-            if ended - began >= self._patience / 2:
+            if ended - began >= self._patience / 2 and not can_try_again(error):
                 self._refusal, self._refusing_until = error.message, ended + _REFUSING
             raise
 
