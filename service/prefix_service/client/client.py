@@ -5,6 +5,7 @@ import hashlib
 import weakref
 from collections.abc import Mapping, Sequence
 from functools import partial
+from inspect import getdoc
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -193,10 +194,10 @@ class _Client:
 
 @named
 class PrefixClient(_Client):
-    __doc__ = f"""{_Client.__doc__}
-    Every method raises the errors of `prefix_service.errors`. Reads and publishing are retried when the service is not
-    there or says so. As a context manager it closes its connections at the end.
-    """
+    __doc__ = (
+        f"{getdoc(_Client)}\n\nEvery method raises the errors of `prefix_service.errors`. Reads and publishing are "
+        "retried when the service is not there or says so. As a context manager it closes its connections at the end."
+    )
 
     _foreign = httpx.BaseTransport
 
@@ -262,10 +263,10 @@ class PrefixClient(_Client):
 
 @named
 class AsyncPrefixClient(_Client):
-    __doc__ = f"""{_Client.__doc__}
-    The methods are those of `PrefixClient`, awaitable. Several event loops may use one client, but only one a transport
-    given as `http`.
-    """
+    __doc__ = (
+        f"{getdoc(_Client)}\n\nThe methods are those of `PrefixClient`, awaitable. Several event loops may use one "
+        "client, but only one a transport given as `http`."
+    )
 
     _foreign = httpx.AsyncBaseTransport
 

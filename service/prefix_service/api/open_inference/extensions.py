@@ -6,6 +6,7 @@ Source: https://github.com/triton-inference-server/server/tree/main/docs/protoco
 from collections.abc import Callable, Coroutine
 from dataclasses import asdict
 from functools import partial
+from inspect import getdoc
 from typing import Any, Final
 
 from fastapi import APIRouter
@@ -53,7 +54,7 @@ router = APIRouter(prefix="/v2", tags=["open inference protocol"])
 
 _LISTING: Final[dict[str, Any]] = {
     "response_class": StreamingResponse,
-    "responses": {200: {"description": Statistics.__doc__, "model": Statistics}},
+    "responses": {200: {"description": getdoc(Statistics), "model": Statistics}},
 }
 
 
