@@ -5,6 +5,7 @@ import json
 import re
 import socket
 import struct
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -17,9 +18,10 @@ import sqlalchemy as sa
 import torch
 from safetensors.torch import load, load_file, save
 
+from prefix_service.api.server.lingering import _LINGER
 from prefix_service.catalog.schema import tenants, usage
 from tests.conftest import CORPUS, Server
-from tests.processes import is_alive
+from tests.processes import eventually, is_alive
 
 MEDIA_TYPE = "application/vnd.safetensors"
 Tensors = dict[str, torch.Tensor]
@@ -163,6 +165,19 @@ def raw(server: Server, *pieces: bytes, timeout: float = 60) -> RawAnswer:
         return read_answer(connection)
 
 
+def sent_whole(connection: socket.socket, *pieces: bytes) -> bool:
+    """Sends a request that is answered early; returns whether the service read all of it. It reads on for a while, and
+    a machine may be so slow that this is over before everything was sent."""
+    began = time.monotonic()
+    try:
+        for piece in pieces:
+            connection.sendall(piece)
+    except (BrokenPipeError, ConnectionResetError):
+        assert time.monotonic() - began > _LINGER, "the connection was reset while its client sent"
+        return False
+    return True
+
+
 def read_answer(connection: socket.socket) -> RawAnswer:
     """Reads one answer with a Content-Length, or as much as comes before the connection ends."""
     received = b""
@@ -190,9 +205,10 @@ def head(method: str, path: str, **headers: str) -> bytes:
 
 
 def assert_alive(server: Server) -> None:
-    """Checks that each process that was started still runs, and that the service answers."""
+    """Checks that each process that was started still runs, and that the service is ready, as soon as a disk that was
+    kept busy lets its checks end in time."""
     assert all(map(is_alive, server.pids()))
-    assert httpx.get(f"{server.url}/readyz").status_code == 200
+    eventually(lambda: httpx.get(f"{server.url}/readyz", timeout=60).status_code == 200)
 
 
 def memory(server: Server, name: str) -> int:

@@ -44,7 +44,7 @@ def takes_at_most(server: Server, nbytes: int) -> Iterator[None]:
     """Checks that the server's memory rises by at most this many bytes while the block runs."""
     for pid in server.pids():
         Path(f"/proc/{pid}/clear_refs").write_text("5")  # the peak is that of now
-    before = memory(server, "VmRSS")
+    before = memory(server, "VmHWM")  # as it was then: some may have been returned since
     yield
     rise = memory(server, "VmHWM") - before
     assert rise <= nbytes, f"{rise >> 20} MiB, more than {nbytes >> 20}"
@@ -108,11 +108,17 @@ def test_activations_without_end_are_refused(server: Server) -> None:
 
 @pytest.mark.one_process("each process bounds the memory of its own work")
 def test_many_large_uploads(server: Server) -> None:
-    """Five large uploads of one tenant wait for each other's memory, while a neighbour's small one is made."""
+    """Five large uploads of one tenant wait for each other's memory, while a neighbour's small one is made. Where this
+    machine is slow, one may be refused after it has waited for too long, and then comes again."""
     files = [large(seed) for seed in range(5)]
 
     def publish(number: int) -> int:
-        return upload(server.client(), "acme", f"large{number}", LARGE, files[number]).status_code
+        for _ in range(5):
+            answer = upload(server.client(), "acme", f"large{number}", LARGE, files[number])
+            if answer.status_code != 503:
+                break
+            assert "of memory, which other work has held for" in answer.json()["detail"]
+        return answer.status_code
 
     with takes_at_most(server, WORK + SLACK), ThreadPoolExecutor(5) as pool:
         answers = pool.map(publish, range(5))

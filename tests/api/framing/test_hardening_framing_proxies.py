@@ -46,7 +46,10 @@ def deployed(
         proxy = haproxy(server.url, folder)
     else:
         proxy = nginx(server.url, folder, buffering="buffering" in name)
-    with proxy as url, httpx.Client(base_url=url, headers={"Authorization": f"Bearer {server.admin_key}"}) as client:
+    with (
+        proxy as url,
+        httpx.Client(base_url=url, headers={"Authorization": f"Bearer {server.admin_key}"}, timeout=60) as client,
+    ):
         yield Deployment(server, url, client)
 
 

@@ -54,7 +54,7 @@ def connect(server: Server, receives: int | None = None) -> socket.socket:
     found = socket.socket()
     if receives is not None:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receives)
-    found.settimeout(20)
+    found.settimeout(60)
     found.connect((address.hostname, address.port))
     return found
 

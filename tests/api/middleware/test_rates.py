@@ -6,9 +6,9 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -21,6 +21,7 @@ from prefix_service.api.middleware.rates import RateLimits
 from prefix_service.catalog.changes import QuotasChanged
 from prefix_service.catalog.records import COMMAND_LINE
 from prefix_service.client import PrefixClient
+from prefix_service.client.transport import transport
 from prefix_service.data_folder.opening import keys_of, opened
 from prefix_service.errors import PrefixServiceError, RateLimited, StorageFailed
 from prefix_service.settings import Settings
@@ -38,22 +39,14 @@ class Clock:
 
     def __init__(self) -> None:
         self._shown = math.ceil(time.time()) + 0.5  # in the middle of a window
-        self._runs_since: float | None = None
 
     def time(self) -> float:
         """Returns the time as `time.time` does."""
-        return self._shown + (0.0 if self._runs_since is None else time.monotonic() - self._runs_since)
+        return self._shown
 
     def pass_by(self, seconds: float) -> None:
         """Moves the clock by so many seconds."""
         self._shown += seconds
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Lets the clock run until the block ends."""
-        self._runs_since = time.monotonic()
-        yield
-        self._shown, self._runs_since = self.time(), None
 
 
 @dataclass
@@ -256,18 +249,23 @@ def test_a_rate_is_remembered_and_forgotten(limited: Limited) -> None:
         limited.are_known = True
 
 
-def test_the_client_comes_back_when_told(limited: Limited) -> None:
+def test_the_client_comes_back_when_told(limited: Limited, monkeypatch: pytest.MonkeyPatch) -> None:
     """The client waits as `Retry-After` says, and raises if its deadline is nearer."""
+    waited: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waited.append(seconds)
+        limited.clock.pass_by(seconds)
+
+    monkeypatch.setattr(transport, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
     limited.set("acme", 3)
     with PrefixClient(limited.url, api_key=limited.keys["acme"]) as client, limited.client("acme") as other:
         statuses = {answer.status_code for answer in _burst(other, ADAPTERS, 6)}
         assert statuses == {200, 429}
-        started = time.monotonic()
-        with limited.clock.running():
-            assert client.get("acme/a").attention_mask.shape == (1, 3)
-        assert time.monotonic() - started >= 0.9
+        assert client.get("acme/a").attention_mask.shape == (1, 3)
+        assert waited == [1]
     limited.set("acme", 1)
-    with PrefixClient(limited.url, api_key=limited.keys["acme"], timeout=0.5) as client:
+    with PrefixClient(limited.url, api_key=limited.keys["acme"], timeout=0.95) as client:
         with limited.client("acme") as other:
             _burst(other, ADAPTERS, 2)
         with pytest.raises(RateLimited, match="may send 1 requests a second") as raised:

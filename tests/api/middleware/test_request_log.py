@@ -32,8 +32,8 @@ def _lines(server: Server, request_id: str) -> list[dict[str, Any]]:
     """Returns the log's lines of a request, once its own line is there."""
     until = time.monotonic() + 60
     while True:
-        lines = [json.loads(line) for line in server.log.read_text().splitlines()]
-        lines = [line for line in lines if line.get("request_id") == request_id]
+        whole = server.log.read_text().rpartition("\n")[0]  # another line may be half written
+        lines = [line for line in map(json.loads, whole.splitlines()) if line.get("request_id") == request_id]
         if any(line["event"] == "request" for line in lines) or time.monotonic() > until:
             return lines
         time.sleep(0.02)

@@ -8,11 +8,13 @@ from starlette.types import Receive, Scope, Send
 
 from prefix_service.api.http.opaque import Revisions
 from prefix_service.api.middleware.revisions import RevisionMiddleware
+from prefix_service.catalog import threads
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.feed import ChangeFeed
 from prefix_service.catalog.records import Principal
 from prefix_service.catalog.tenants import Tenants
 from prefix_service.errors import InvalidRequest, Unavailable
+from prefix_service.library import following
 from prefix_service.library.following import Following
 from tests.catalog.conftest import BY
 
@@ -42,7 +44,9 @@ class Lagging:
 
 
 @pytest.fixture
-def lagging(tmp_path: Path) -> Iterator[Lagging]:
+def lagging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lagging]:
+    monkeypatch.setattr(following, "_PATIENCE", 60.0)  # what is waited for here comes, on a slow machine too
+    monkeypatch.setattr(threads, "DEADLINE", 60.0)
     made = Lagging(tmp_path)
     yield made
     made.database.close()

@@ -24,6 +24,7 @@ from tests.api.apps import served
 from tests.api.helpers import CONFIG, assert_alive, head, problem, raw, tensors_of, upload
 from tests.benchmarks.fleet import Shape
 from tests.conftest import Server, running_server
+from tests.processes import eventually, lines_of
 
 LENGTH = "Inference-Header-Content-Length"
 MODEL = "/v2/models/acme/a"
@@ -351,14 +352,12 @@ def test_the_log_tells_the_route(own: Server, client: httpx.Client) -> None:
 
 
 def _line(server: Server, request_id: str) -> dict[str, Any]:
-    until = time.monotonic() + 60
-    while time.monotonic() < until:
-        for line in map(json.loads, server.log.read_text().splitlines()):
-            if line.get("request_id") == request_id and line["event"] == "request":
-                found: dict[str, Any] = line
-                return found
-        time.sleep(0.02)
-    raise AssertionError(f"the log says nothing of {request_id}")
+    """Returns the line of a request, once it is there."""
+
+    def found() -> list[dict[str, Any]]:
+        return [line for line in lines_of(server.log, "request") if line.get("request_id") == request_id]
+
+    return eventually(found)[0]
 
 
 def test_the_index_of_thousands(tmp_path: Path) -> None:
@@ -399,6 +398,7 @@ def test_an_answer_that_is_not_read_holds_its_rendering(own: Server, client: htt
         found = client.get("/v1/residency").json()["resident"]
         return sum(int(row["readers"]) for row in found if row["adapter"] == "held")
 
+    eventually(lambda: readers() == 0)
     with socket.socket() as reader:
         reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
         reader.connect((httpx.URL(own.url).host, httpx.URL(own.url).port))
@@ -410,7 +410,4 @@ def test_an_answer_that_is_not_read_holds_its_rendering(own: Server, client: htt
         received = 0
         while received < length:
             received += len(reader.recv(1 << 20))
-    until = time.monotonic() + 60
-    while readers():
-        assert time.monotonic() < until
-        time.sleep(0.02)
+    eventually(lambda: readers() == 0)

@@ -216,7 +216,7 @@ def test_memory_by_tenant_adapter_and_form(service: Server, admin_page: Seen) ->
     page.route(OVERVIEW, lambda route: route.fulfill(json=_unpinned(route.fetch().json())))
     page.get_by_role("button", name="Refresh").click()
     expect(chosen.get_by_role("button", name="Pin", exact=True)).to_be_visible()
-    assert _pixels(page, "Device memory") != hatched
+    eventually(lambda: _pixels(page, "Device memory") != hatched)
     client.delete("/v1/tenants/acme/adapters/summarize@2/residency")
 
 

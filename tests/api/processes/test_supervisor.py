@@ -146,4 +146,4 @@ def test_workers_end_when_their_supervisor_is_killed(supervised: Supervised) -> 
     running = supervised.two_ready()
     os.kill(running[0], signal.SIGSTOP)
     supervised.process.kill()
-    eventually(lambda: not any(map(is_alive, running)), seconds=30)
+    eventually(lambda: not any(map(is_alive, running)))

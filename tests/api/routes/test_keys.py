@@ -43,6 +43,17 @@ def ahead(**distance: float) -> str:
     return (datetime.now(UTC) + timedelta(**distance)).isoformat().replace("+00:00", "Z")
 
 
+def ended_soon(admin: httpx.Client, key: str) -> datetime:
+    """Gives a key an end in two seconds, or later if that is over before a slow machine has said it; returns it."""
+    for seconds in (2, 30):
+        end = datetime.now(UTC) + timedelta(seconds=seconds)
+        answer = admin.put(key, json={"expires": end.isoformat()})
+        if answer.status_code == 200 or datetime.now(UTC) < end:
+            break
+    assert answer.status_code == 200, answer.text
+    return end
+
+
 @pytest.mark.parametrize("scope", ["metrics", "read", "write", "admin"])
 @pytest.mark.parametrize("owner", OWNERS)
 @pytest.mark.parametrize("ends", [True, False])
@@ -90,10 +101,9 @@ def test_a_key_ends_when_it_was_said_to(server: Server, admin: httpx.Client, pat
     key = made(admin, path)
     client = server.client(key["key"])
     assert client.get("/v1/whoami").status_code == 200
-    end = datetime.now(UTC) + timedelta(seconds=2)
-    assert admin.put(f"{path}/{key['id']}", json={"expires": end.isoformat()}).status_code == 200
-    assert client.get("/v1/whoami").status_code == 200
-    time.sleep((end - datetime.now(UTC)).total_seconds() + 0.01)
+    end = ended_soon(admin, f"{path}/{key['id']}")
+    assert client.get("/v1/whoami").status_code == 200 or datetime.now(UTC) > end
+    time.sleep(max((end - datetime.now(UTC)).total_seconds(), 0) + 0.01)
     problem(client.get("/v1/whoami"), 401, "unauthenticated")
     problem(admin.put(f"{path}/{key['id']}", json={"expires": ahead(days=1)}), 409, "conflict")
 
@@ -176,6 +186,5 @@ def test_every_process_hears_of_an_end(two: Server) -> None:
         return {reader.get("/v1/whoami", headers={"Connection": "close"}).status_code for _ in range(20)}
 
     assert statuses() == {200}
-    end = datetime.now(UTC) + timedelta(seconds=2)
-    assert admin.put(f"/v1/keys/{key['id']}", json={"expires": end.isoformat()}).status_code == 200
+    end = ended_soon(admin, f"/v1/keys/{key['id']}")
     eventually(lambda: datetime.now(UTC) > end and statuses() == {401})

@@ -110,11 +110,11 @@ def test_a_stream_goes_on(server: Server) -> None:
 @pytest.mark.one_process("each process bounds its own streams")
 def test_too_many_streams(server: Server) -> None:
     """A tenant has a quarter of the places of each worker; then it is refused, and requests are not."""
-    client = server.client(_new_key(server, "acme")["key"])
+    client = server.client(_new_key(server, "beta")["key"])  # no other test left it a stream that ends at this moment
     opened: list[httpx.Response] = []
     statuses: list[httpx.Response] = []
     for _ in range(20):
-        request = client.build_request("GET", "/v1/tenants/acme/live", headers=STREAM)
+        request = client.build_request("GET", "/v1/tenants/beta/live", headers=STREAM)
         answer = client.send(request, stream=True)
         (opened if answer.status_code == 200 else statuses).append(answer)
         if statuses:
@@ -123,7 +123,7 @@ def test_too_many_streams(server: Server) -> None:
     refused.read()
     assert "watchers here" in problem(refused, 503, "overloaded")["detail"]
     assert 2 <= len(opened) <= 4
-    assert client.get("/v1/tenants/acme/adapters").status_code == 200
+    assert client.get("/v1/tenants/beta/adapters").status_code == 200
     for answer in opened:
         answer.close()
 
@@ -177,5 +177,6 @@ def test_a_stream_ends_with_the_service(server: Server) -> None:
         events = _events(answer)
         next(events)
         server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(25) == 0  # requests have 30 seconds
+        assert server.process.wait(90) == 0
         _ends(events)
+    assert "timeout graceful shutdown exceeded" not in server.logs()  # as a request would let it

@@ -54,6 +54,8 @@ class Service:
 
 @pytest.fixture
 def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
+    hour = usage_counts._this_hour()
+    monkeypatch.setattr(usage_counts, "_this_hour", lambda: hour)  # none changes during a test
     monkeypatch.setattr(usage_counts, "_PAUSE", 0.05)
     settings = Settings(data_dir=tmp_path / "data")
     with opened(settings), served(create_app(settings)) as url, contextlib.ExitStack() as clients:
@@ -153,7 +155,7 @@ def test_hours_and_pages(service: Service) -> None:
     now = datetime.now(UTC)
     for path, client in (("/v1/tenants/acme/usage", service.admin), ("/v1/usage", service.platform)):
         for since, until, found in (
-            (now - timedelta(hours=1), now + timedelta(hours=1), 2),
+            (now - timedelta(hours=2), now + timedelta(hours=2), 2),
             (now + timedelta(hours=2), None, 0),
             (None, now - timedelta(hours=2), 0),
         ):
@@ -181,8 +183,9 @@ def test_wrong_options(service: Service, query: dict[str, str], words: str) -> N
     assert words in problem(service.admin.get("/v1/tenants/acme/usage", params=query), 422)["detail"]
 
 
-def test_a_stop_loses_nothing(tmp_path: Path) -> None:
+def test_a_stop_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Usage that was counted a moment before a stop is there after the next start."""
+    monkeypatch.setattr(usage_counts, "_PAUSE", 3600.0)  # nothing is written before the stop
     settings = Settings(data_dir=tmp_path / "data", dev=True)
     with opened(settings), served(create_app(settings)) as url, httpx.Client(base_url=url) as client:
         assert upload(client, "acme", "a", file=weights()).status_code == 201

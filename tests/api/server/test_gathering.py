@@ -122,6 +122,7 @@ async def test_an_answer_that_is_not_read_holds_its_rendering(server: Server) ->
             found = client.get("/v1/residency").json()["resident"]
             return sum(int(row["readers"]) for row in found if row["tenant"] == "gathering") == wanted
 
+        await _until(lambda: readers(0))
         host, port = httpx.URL(server.url).host, httpx.URL(server.url).port
         with socket.socket() as reader:
             reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)

@@ -157,7 +157,7 @@ async def test_each_pipelined_request_waits_for_a_turn(parser: Parser) -> None:
                 one = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
                 one.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n" * 30)
             turn()
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(90):
                 await everyone.wait()
     assert max(begun) <= 12
 
@@ -222,7 +222,7 @@ async def test_tiny_chunks_leave_the_loop_to_others(parser: Parser) -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(b"POST /x HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n")
         writer.write(b"1\r\na\r\n" * CHUNKS + b"0\r\n\r\n")
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while seen[-1] < CHUNKS:
                 await asyncio.sleep(0)
                 seen += [len(connection.cycle.body) for connection in _connections(server) if connection.cycle]

@@ -3,8 +3,7 @@
 import json
 import signal
 import socket
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import pytest
 from prefix_service.api.http.paths import REFERENCE_FILES
 from tests.api.helpers import head, upload, versions_path
 from tests.conftest import Server, running_server
+from tests.processes import eventually
 
 MOST = 60  # connections
 PAGES = head("GET", "/openapi.json") * 8
@@ -73,14 +73,6 @@ def reads_on(connection: socket.socket) -> bool:
     return left == 0
 
 
-def soon(holds: Callable[[], bool], seconds: float = 10) -> bool:
-    """Returns whether the condition holds within so many seconds."""
-    until = time.monotonic() + seconds
-    while not (held := holds()) and time.monotonic() < until:
-        time.sleep(0.05)
-    return held
-
-
 def reading(server: Server) -> bytes:
     return head("GET", PREFIX, Authorization=f"Bearer {server.admin_key}")
 
@@ -93,7 +85,7 @@ def test_connections_that_read_no_public_page_give_way(server: Server) -> None:
         for _ in range(2 * MOST):
             is_answered(stack.enter_context(connected(server, PAGES, "127.0.0.2")))
         for _ in range(5):
-            assert httpx.get(f"{server.url}/livez").status_code == 200
+            assert httpx.get(f"{server.url}/livez", timeout=60).status_code == 200
             assert server.client().get("/v1/tenants/t/adapters/a/prefix").status_code == 200
         assert reads_on(slow)
 
@@ -105,7 +97,7 @@ def test_readers_with_a_key_that_take_nothing_give_way_to_others(server: Server)
         assert all(map(is_answered, calm))
         for _ in range(MOST - 2):  # one by one: until its request is read, a connection is idle, and gives way
             assert is_answered(stack.enter_context(connected(server, reading(server), "127.0.0.2")))
-        assert soon(lambda: httpx.get(f"{server.url}/livez").status_code == 200)
+        eventually(lambda: httpx.get(f"{server.url}/livez", timeout=60).status_code == 200)
         assert all(map(reads_on, calm))
 
 
