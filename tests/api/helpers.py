@@ -5,7 +5,7 @@ import json
 import re
 import socket
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -19,7 +19,7 @@ from safetensors.torch import load, load_file, save
 
 from prefix_service.catalog.schema import tenants, usage
 from tests.conftest import CORPUS, Server
-from tests.processes import is_alive
+from tests.processes import eventually, is_alive
 
 MEDIA_TYPE = "application/vnd.safetensors"
 Tensors = dict[str, torch.Tensor]
@@ -73,6 +73,19 @@ def upload(
         parts["base_model_config"] = json.dumps(base).encode()
     parts["adapter_model.safetensors"] = weights() if file is None else file
     return client.post(versions_path(tenant, adapter), files=parts)
+
+
+def accepted(send: Callable[[], httpx.Response]) -> httpx.Response:
+    """Sends a request again, as callers do, while it is answered 503 because the machine is slow: a catalog that does
+    not answer in time, or blobs that were collected because publishing took longer than the grace period. Returns the
+    other answer."""
+
+    def answered() -> httpx.Response | None:
+        return None if (answer := send()).status_code == 503 else answer
+
+    answer = eventually(answered)
+    assert answer is not None
+    return answer
 
 
 def upload_directory(client: httpx.Client, tenant: str, adapter: str, directory: Path) -> dict[str, Any]:
@@ -192,7 +205,7 @@ def head(method: str, path: str, **headers: str) -> bytes:
 def assert_alive(server: Server) -> None:
     """Checks that each process that was started still runs, and that the service answers."""
     assert all(map(is_alive, server.pids()))
-    assert httpx.get(f"{server.url}/readyz").status_code == 200
+    assert httpx.get(f"{server.url}/readyz", timeout=60).status_code == 200
 
 
 def memory(server: Server, name: str) -> int:
