@@ -6,7 +6,7 @@ import re
 import socket
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -75,6 +75,19 @@ def upload(
         parts["base_model_config"] = json.dumps(base).encode()
     parts["adapter_model.safetensors"] = weights() if file is None else file
     return client.post(versions_path(tenant, adapter), files=parts)
+
+
+def accepted(send: Callable[[], httpx.Response]) -> httpx.Response:
+    """Sends a request again, as callers do, while it is answered 503 because the machine is slow: a catalog that does
+    not answer in time, or blobs that were collected because publishing took longer than the grace period. Returns the
+    other answer."""
+
+    def answered() -> httpx.Response | None:
+        return None if (answer := send()).status_code == 503 else answer
+
+    answer = eventually(answered)
+    assert answer is not None
+    return answer
 
 
 def upload_directory(client: httpx.Client, tenant: str, adapter: str, directory: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ def moto() -> Iterator[str]:
     server.start()
     host, port = server.get_host_and_port()
     address = f"http://{host}:{port}"
-    httpx.put(f"{address}/tests").raise_for_status()
+    httpx.put(f"{address}/tests", timeout=60).raise_for_status()  # it imports much at its first request
     yield address
     server.stop()
 

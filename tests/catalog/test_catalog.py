@@ -291,7 +291,7 @@ def test_many_who_publish_at_once(listings: Listings, place: Place, content: Con
     own = [[content(f"{worker}-{n}") for n in range(5)] for worker in range(workers)]
     with pool_of(kind, workers) as pool:
         futures = [pool.submit(publish_from, place, same + contents) for contents in own]
-        results = [result for future in futures for result in future.result(60)]
+        results = [result for future in futures for result in future.result(180)]
     numbers = {number for number, is_new in results if is_new}
     assert len([1 for _, is_new in results if is_new]) == len(numbers) == 5 * workers + 1
     assert numbers == set(range(1, 5 * workers + 2))

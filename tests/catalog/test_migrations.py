@@ -374,7 +374,7 @@ def test_a_migration_that_fails_changes_nothing(old: Place, obstacle: str) -> No
 
 def migrate(place: Place, barrier: Barrier) -> None:
     """Opens the catalog, as a process that starts does."""
-    barrier.wait(60)
+    barrier.wait(180)
     Database(place).close()
 
 
@@ -383,7 +383,7 @@ def migrate_at_once(place: Place) -> None:
     with spawn.Manager() as manager, ProcessPoolExecutor(2, mp_context=spawn) as pool:
         barrier = manager.Barrier(2)
         for future in [pool.submit(migrate, place, barrier) for _ in range(2)]:
-            future.result(60)
+            future.result(180)
 
 
 def test_two_who_start_at_once(old: Place) -> None:

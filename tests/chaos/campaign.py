@@ -142,19 +142,19 @@ class Campaign(Generic[W]):
             for version in adapter.versions:
                 self._replay_version(client, adapter, version)
             for alias, version in adapter.aliases.items():
-                answer = _settled(client, f"{adapter.path}@{alias}", partial(_is_version, version))
+                answer = settled(client, f"{adapter.path}@{alias}", partial(_is_version, version))
                 if not _is_version(version, answer):
                     self.truth.lost.append(f"{adapter.path}@{alias} is not {version}: {answer.text}")
 
     def _replay_version(self, client: httpx.Client, adapter: Adapter, version: int) -> None:
         path = f"{adapter.path}@{version}"
         expected = 404 if version in adapter.leaving else 200
-        prefix = _settled(client, f"{path}/prefix?layout=stacked", partial(_has_status, expected))
+        prefix = settled(client, f"{path}/prefix?layout=stacked", partial(has_status, expected))
         if prefix.status_code != expected:
             self.truth.lost.append(f"{path} must answer {expected}: {prefix.status_code} {prefix.text[:200]!r}")
         elif expected == 200:
             self.truth.check_prefix(adapter, version, key_values_of(prefix.content))
-            file = _settled(client, f"{path}/parameters", partial(_has_status, 200))
+            file = settled(client, f"{path}/parameters", partial(has_status, 200))
             if file.status_code == 200:
                 self.truth.check_parameters(adapter, version, file.content)
             else:
@@ -244,14 +244,16 @@ def campaign(between: float = BETWEEN) -> Iterator[ServiceCampaign]:
             service.end()
 
 
-def _settled(client: httpx.Client, path: str, is_expected: Callable[[httpx.Response], bool]) -> httpx.Response:
+def settled(
+    client: httpx.Client, path: str, is_expected: Callable[[httpx.Response], bool], **headers: str
+) -> httpx.Response:
     """Returns the expected answer, or the last one after half a minute: a process hears of another's changes within a
     second, and does not repeat a failed load for three.
     """
     deadline = time.monotonic() + 30
     while True:
         try:
-            answer = client.get(path)
+            answer = client.get(path, headers=headers)
         except httpx.TransportError:
             if time.monotonic() > deadline:
                 raise
@@ -261,7 +263,7 @@ def _settled(client: httpx.Client, path: str, is_expected: Callable[[httpx.Respo
         time.sleep(0.25)
 
 
-def _has_status(status: int, answer: httpx.Response) -> bool:
+def has_status(status: int, answer: httpx.Response) -> bool:
     return answer.status_code == status
 
 

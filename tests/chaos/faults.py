@@ -217,8 +217,8 @@ def _blobs_of(service: Service, chosen: list[tuple[Adapter, int]]) -> Iterator[l
 
 def _publish_again(service: Service, adapter: Adapter, content: Content) -> None:
     files = {"adapter_config.json": SHAPE.config, "adapter_model.safetensors": content.file}
-    with service.client(timeout=10) as client:
-        deadline = time.monotonic() + 30
+    with service.client(timeout=60) as client:
+        deadline = time.monotonic() + 90
         while (answer := client.post(f"{adapter.path}/versions", files=files)).status_code != 200:
             if time.monotonic() > deadline:
                 raise RuntimeError(f"publishing again does not mend: {answer.status_code} {answer.text}")

@@ -111,9 +111,11 @@ def test_the_fleet_serves(fleet: Composed) -> None:
     def get(address: str) -> Any:
         return json.loads(fleet.run("curl", "-sSf", "-H", header, address))
 
-    listed = get("http://haproxy:8080/v1/replicas")["items"]
+    def listed() -> list[str]:
+        return sorted(item["address"] for item in get("http://haproxy:8080/v1/replicas")["items"])
+
     names = [f"replica-{number}" for number in (1, 2, 3)]
-    assert sorted(item["address"] for item in listed) == [f"http://{name}:8080" for name in names]
+    eventually(lambda: listed() == [f"http://{name}:8080" for name in names])
     bodies = set()
     for name in names:
         address = f"http://{name}:8080/v1/tenants/acme/adapters/capitals@1/prefix"

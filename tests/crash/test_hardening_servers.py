@@ -17,7 +17,7 @@ from prefix_service.blobs.folder import FolderBlobStore
 from prefix_service.catalog.catalog import Catalog
 from prefix_service.data_folder.opening import blob_folder
 from prefix_service.prefix.references import parse_reference
-from tests.api.helpers import CONFIG, problem, upload, versions_path, weights
+from tests.api.helpers import CONFIG, accepted, problem, upload, versions_path, weights
 from tests.conftest import Server, running_server
 from tests.crash import strace
 from tests.crash.folder import serving
@@ -47,14 +47,14 @@ def test_hardening_45_kill_a_server_in_the_middle_of_uploads(data_dir: Path) -> 
                 answer = upload(client, "acme", adapter, file=(sent := weights(seed)))
                 if answer.status_code == 201:
                     where = answer.headers["Location"]
-                    acknowledged[where] = sent, body(client.get(f"{where}/prefix"))
+                    acknowledged[where] = sent, body(accepted(lambda: client.get(f"{where}/prefix")))  # noqa: B023
             except httpx.TransportError:
                 return
 
     def check(client: httpx.Client) -> None:
         for where, (sent, prefix) in acknowledged.items():
-            assert body(client.get(f"{where}/parameters")) == sent
-            assert body(client.get(f"{where}/prefix")) == prefix
+            assert body(accepted(lambda: client.get(f"{where}/parameters"))) == sent  # noqa: B023
+            assert body(accepted(lambda: client.get(f"{where}/prefix"))) == prefix  # noqa: B023
 
     for attempt in range(4):
         with running_server(data_dir) as server, ThreadPoolExecutor(4) as pool:
@@ -69,7 +69,7 @@ def test_hardening_45_kill_a_server_in_the_middle_of_uploads(data_dir: Path) -> 
         check(server.client())
         newest = [int(where.rpartition("@")[2]) for where in acknowledged if "/a0@" in where]
         answer = upload(server.client(), "acme", "a0", file=weights(99_999))
-        assert answer.json()["version"] > max(newest)
+        assert answer.json()["version"] > max(newest, default=0)
 
 
 @contextmanager
@@ -117,10 +117,13 @@ def test_hardening_47_a_full_or_broken_disk_over_http(
     before = upload(client, tenant, "a").headers["Location"]
     kept = body(client.get(f"{before}/parameters"))
     with failing(server, tmp_path, fault):
-        problem(upload(client, tenant, "b"), status, code)
-        assert client.get(f"/v1/tenants/{tenant}/adapters/b").status_code == 404
-        assert body(client.get(f"{before}/parameters")) == kept
-    assert upload(client, tenant, "b").status_code == 201
+        # With every call traced a slow machine may need longer for the catalog than requests wait, which is a 503 too.
+        refused = upload(client, tenant, "b") if status == 503 else accepted(lambda: upload(client, tenant, "b"))
+        problem(refused, status, code)
+        assert accepted(lambda: client.get(f"/v1/tenants/{tenant}/adapters/b")).status_code == 404
+        assert body(accepted(lambda: client.get(f"{before}/parameters"))) == kept
+    # A failure that took long is repeated to everybody for a second.
+    assert accepted(lambda: upload(client, tenant, "b")).status_code == 201
 
 
 def file_of(data_dir: Path, digest: str) -> Path:
@@ -235,7 +238,7 @@ def test_hardening_42_collections_during_an_upload(data_dir: Path) -> None:
                 time.sleep(0.5)
 
         headers = {"Content-Type": whole.headers["Content-Type"]}
-        answer = client.post(whole.url, content=slowly(), headers=headers)
+        answer = accepted(lambda: client.post(whole.url, content=slowly(), headers=headers))
         assert answer.status_code == 201
         time.sleep(3)  # collections
         assert body(client.get("/v1/tenants/acme/adapters/a@1/parameters")) == sent

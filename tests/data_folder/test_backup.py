@@ -25,7 +25,7 @@ from prefix_service.data_folder.opening import catalog_file, keys_of, opened
 from prefix_service.errors import Conflict, NotFound
 from prefix_service.prefix.description import Description
 from prefix_service.settings import Settings
-from tests.api.helpers import upload, weights
+from tests.api.helpers import accepted, upload, weights
 from tests.catalog.conftest import HoldingCatalog
 from tests.commands import run_command
 from tests.conftest import Server, running_server
@@ -39,7 +39,7 @@ def prefix_of(client: httpx.Client, reference: str) -> httpx.Response:
 
 def publish(client: httpx.Client, adapter: str, seed: int) -> str:
     """Publishes a version, and returns its reference."""
-    answer = upload(client, "acme", adapter, file=weights(seed))
+    answer = accepted(lambda: upload(client, "acme", adapter, file=weights(seed)))
     assert answer.status_code in (200, 201), answer.text
     return f"acme/{adapter}@{answer.json()['version']}"
 

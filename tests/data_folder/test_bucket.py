@@ -20,7 +20,7 @@ from prefix_service.data_folder.opening import blob_folder, blob_store, cache_fo
 from prefix_service.errors import StorageFailed
 from prefix_service.prefix.references import parse_reference
 from prefix_service.settings import Settings
-from tests.api.helpers import problem, upload, versions_path, weights
+from tests.api.helpers import accepted, problem, upload, versions_path, weights
 from tests.blobs.places import objects
 from tests.commands import PREFIX_SERVICE
 from tests.conftest import Server, _started, free_port, running_server
@@ -61,10 +61,11 @@ def serving(bucket: S3Store, environment: dict[str, str], tmp_path_factory: pyte
 
 def publish(server: Server, adapter: str, seed: int) -> Stored:
     sent = weights(seed)
-    answer = upload(server.client(), "acme", adapter, file=sent)
+    client = server.client()
+    answer = accepted(lambda: upload(client, "acme", adapter, file=sent))
     assert answer.status_code == 201, answer.text
     where = answer.headers["Location"]
-    prefix = server.client().get(f"{where}/prefix")
+    prefix = accepted(lambda: client.get(f"{where}/prefix"))
     assert prefix.status_code == 200, prefix.text
     database = Database(catalog_file(server.data_dir), read_only=True)
     try:
@@ -112,7 +113,7 @@ def test_damaged_objects_are_put_aside(serving: Server, bucket: S3Store) -> None
     problem(client.get(f"{stored.path}/parameters"), 503, "corrupt-blob")
     quarantined = f"quarantine/{stored.weights.removeprefix('sha256:')}"
     assert obstore.get(bucket, quarantined).bytes() == b"damaged"
-    assert upload(client, "acme", "damaged", file=stored.uploaded).status_code == 200
+    assert accepted(lambda: upload(client, "acme", "damaged", file=stored.uploaded)).status_code == 200
     assert client.get(f"{stored.path}/parameters").content == stored.uploaded
     assert client.delete(f"{stored.path}/residency").status_code < 300
     assert client.get(f"{stored.path}/prefix").content == stored.prefix
@@ -182,8 +183,8 @@ def test_a_service_starts_while_the_bucket_is_away(
             answers += [upload(client, "acme", "new", file=weights(9))]
             details = [problem(answer, 503, "unavailable")["detail"] for answer in answers]
             assert all("is away" in detail for detail in details)
-            ready = client.get("/readyz")
-            assert "is away" in problem(ready, 503)["detail"]
+            # One check after another waits for the bucket, and all of them together for two seconds at most.
+            eventually(lambda: "is away" in problem(client.get("/readyz"), 503)["detail"])
             away.close()
 
             def is_back() -> bool:

@@ -91,8 +91,8 @@ def test_a_second_service_in_another_process_is_refused(settings: Settings) -> N
     """The lock excludes other processes, because the system holds it."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         with opened(settings):
-            assert pool.submit(try_to_start, settings.data_dir).result(60) == "conflict"
-        assert pool.submit(try_to_start, settings.data_dir).result(60) == "started"
+            assert pool.submit(try_to_start, settings.data_dir).result(180) == "conflict"
+        assert pool.submit(try_to_start, settings.data_dir).result(180) == "started"
 
 
 def test_the_lock_is_free_after_a_failure(settings: Settings) -> None:

@@ -33,7 +33,7 @@ from prefix_service.cli.commands.migrate import target_of
 from prefix_service.data_folder.moving import move
 from prefix_service.data_folder.opening import blob_folder, catalog_file
 from prefix_service.settings import Settings
-from tests.api.helpers import upload, weights
+from tests.api.helpers import accepted, upload, weights
 from tests.benchmarks.growth.folder import BIG, fill, name_of
 from tests.blobs.places import objects
 from tests.commands import run_command
@@ -155,15 +155,19 @@ def traffic(server: Server) -> Iterator[list[str]]:
 def _change(client: httpx.Client, number: int, seed: int) -> None:
     tenant, name = f"moving-{number}", f"a{seed % 7}"
     own = f"/v1/tenants/{tenant}"
-    version = upload(client, tenant, name, file=weights(seed)).raise_for_status().json()["version"]
-    client.put(f"{own}/adapters/{name}/aliases/prod", json={"version": version}).raise_for_status()
+
+    def done(send: Callable[[], httpx.Response]) -> httpx.Response:
+        return accepted(send).raise_for_status()
+
+    version = done(lambda: upload(client, tenant, name, file=weights(seed))).json()["version"]
+    done(lambda: client.put(f"{own}/adapters/{name}/aliases/prod", json={"version": version}))
     if seed % 5 == 0:
-        client.delete(f"{own}/adapters/{name}").raise_for_status()
+        done(lambda: client.delete(f"{own}/adapters/{name}"))
         client.delete(f"/v1/tenants/{BIG}/adapters/{name_of(seed * _PUBLISHERS + number)}")
     if seed % 3 == 0:
-        key = client.post(f"{own}/keys", json={"scope": "read"}).raise_for_status().json()["id"]
+        key = done(lambda: client.post(f"{own}/keys", json={"scope": "read"})).json()["id"]
         if seed % 2 == 0:
-            client.delete(f"{own}/keys/{key}").raise_for_status()
+            done(lambda: client.delete(f"{own}/keys/{key}"))
 
 
 def killed(ground: Ground, what: str) -> None:

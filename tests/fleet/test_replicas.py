@@ -19,7 +19,7 @@ from prefix_service.catalog.database import Database
 from prefix_service.catalog.retention import Retention
 from prefix_service.data_folder import collector
 from prefix_service.data_folder.collector import collecting
-from tests.api.helpers import problem, tensors_of, upload, weights
+from tests.api.helpers import accepted, problem, tensors_of, upload, weights
 from tests.catalog.conftest import template
 from tests.commands import run_command
 from tests.conftest import Server, running_server
@@ -218,8 +218,8 @@ def test_without_notifications(fleet: Fleet) -> None:
     worker = fleet.servers[1].client(key)
     path = f"{ADAPTER}/quiet@prod/prefix"
     eventually(lambda: worker.get(path).status_code == 200)
-    first.put(f"{ADAPTER}/quiet/aliases/prod", json={"version": 2})
-    first.delete(f"/v1/tenants/acme/keys/{key_id}")
+    assert accepted(lambda: first.put(f"{ADAPTER}/quiet/aliases/prod", json={"version": 2})).status_code == 200
+    assert accepted(lambda: first.delete(f"/v1/tenants/acme/keys/{key_id}")).status_code == 204
     eventually(lambda: version_at(second, "quiet@prod") == "2")
     eventually(lambda: worker.get(path).status_code == 401)
 

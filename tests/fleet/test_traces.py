@@ -166,7 +166,7 @@ def test_a_call_of_an_application_is_one_trace(collector: Collector, replica: Se
 def test_what_is_not_found_and_what_fails(collector: Collector, replica: Server) -> None:
     """A refusal has its code; probes, scrapes and background work have no spans, and no span has a key."""
     client = replica.client()
-    with httpx.Client() as stranger:
+    with httpx.Client(timeout=60) as stranger:
         stranger.get(f"{replica.url}/readyz")
     problem = client.get("/v1/tenants/acme/adapters/missing/prefix", headers={"traceparent": "00-malformed"})
     assert problem.status_code == 404

@@ -11,7 +11,7 @@ from tests.client.damaged import damaged
 from tests.client.hostile import hostile_server, says
 from tests.client.test_answers import ANSWERS
 from tests.client.transport.test_deadlines import CALLS, KINDS, Call, called
-from tests.fuzz.watch import Findings
+from tests.fuzz.watch import Findings, rounds
 
 _TIMEOUT = 0.2
 
@@ -19,8 +19,7 @@ _TIMEOUT = 0.2
 def fuzzed(seconds: float, seed: int) -> Findings:
     """Lets every method of both clients read mutated answers for so long."""
     findings, draw = Findings(), random.Random(seed)  # noqa: S311 - reproducible, not secret
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
+    for _ in rounds(seconds):
         kind, name = draw.choice(KINDS), draw.choice(list(CALLS))
         sent = damaged(draw, draw.choice(list(ANSWERS.values())))
         began = time.thread_time()

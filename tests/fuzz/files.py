@@ -1,14 +1,13 @@
 """Uploads mutated weights, configs and pickles to a real service."""
 
 import random
-import time
 from pathlib import Path
 
 import httpx
 
 from tests.client.damaged import damaged, originals
 from tests.conftest import running_server
-from tests.fuzz.watch import Findings, look_at_log, watched
+from tests.fuzz.watch import Findings, look_at_log, rounds, watched
 
 _CONFIG, _BASE, _WEIGHTS = "adapter_config.json", "config.json", "adapter_model.safetensors"
 
@@ -19,8 +18,9 @@ def fuzzed(folder: Path, seconds: float, seed: int) -> Findings:
     sound = originals()
     with running_server(folder / "data") as server, server.client() as client:
         client.put("/v1/tenants/acme", json={"max_bytes": 1 << 28}).raise_for_status()
-        until = time.monotonic() + seconds
-        while time.monotonic() < until and server.process.poll() is None:
+        for _ in rounds(seconds):
+            if server.process.poll() is not None:
+                break
             name = draw.choice(list(sound))
             data = damaged(draw, sound[name])
             files = {

@@ -3,7 +3,6 @@
 import contextlib
 import random
 import socket
-import time
 from pathlib import Path
 from typing import Final, Literal
 from urllib.parse import urlsplit
@@ -11,7 +10,7 @@ from urllib.parse import urlsplit
 from tests.api.helpers import CONFIG, head, upload, weights
 from tests.client.damaged import damaged
 from tests.conftest import Server, running_server
-from tests.fuzz.watch import Findings, look_at_log, watched
+from tests.fuzz.watch import Findings, look_at_log, rounds, watched
 
 _PATIENCE: Final = 0.25  # seconds for an answer: most requests that are damaged in the middle get none
 _ADAPTER: Final = "/v1/tenants/acme/adapters/a"
@@ -53,8 +52,9 @@ def fuzzed(folder: Path, seconds: float, seed: int, parser: Literal["httptools",
     with running_server(folder / parser, environment=environment) as server:
         upload(server.client(), "acme", "a", CONFIG, file=weights())
         sound = originals(server.key("write", "acme"))
-        until = time.monotonic() + seconds
-        while time.monotonic() < until and server.process.poll() is None:
+        for _ in rounds(seconds):
+            if server.process.poll() is not None:
+                break
             sent = damaged(draw, draw.choice(sound))
             with watched(server, findings, sent):
                 findings.count(_status(server, sent, draw), sent)

@@ -33,6 +33,8 @@ def test_mutated_answers() -> None:
 @pytest.mark.parametrize("with_key", [True, False])
 def test_the_service_keeps_to_its_document(tmp_path: Path, *, with_key: bool) -> None:
     """Schemathesis finds no failure with all its checks."""
-    report = schema.fuzzed(tmp_path, 2, 1, with_key=with_key)
+    report = schema.fuzzed(tmp_path / "first", 2, 1, with_key=with_key)
+    if "has not answered within" in report.text:  # a slow machine's catalog; a fault of the service comes again
+        report = schema.fuzzed(tmp_path / "second", 2, 1, with_key=with_key)
     assert report.status == 0, report.text[-8000:]
     assert "Traceback" not in report.log

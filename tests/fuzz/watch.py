@@ -1,6 +1,7 @@
 """Watches the answers' statuses, the processor time of each request, and the log."""
 
 import os
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,14 @@ class Findings:
         self.statuses[str(status or "none")] += 1
         if status is not None and status not in DOCUMENTED:
             self.faults.setdefault(f"answered {status}", sent)
+
+
+def rounds(seconds: float, least: int = 30) -> Iterator[None]:
+    """Yields for so long, and at least so many times: a slow machine does little in a few seconds."""
+    until, done = time.monotonic() + seconds, 0
+    while time.monotonic() < until or done < least:
+        yield
+        done += 1
 
 
 @contextmanager

@@ -138,7 +138,9 @@ def prometheus(service: Server, tmp_path_factory: pytest.TempPathFactory) -> Ite
         process = subprocess.Popen(
             [*command, f"--web.listen-address=127.0.0.1:{port}", "--log.level=warn"], stdout=log, stderr=log
         )
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", transport=httpx.HTTPTransport(retries=0)) as client:
+    with httpx.Client(
+        base_url=f"http://127.0.0.1:{port}", transport=httpx.HTTPTransport(retries=0), timeout=60
+    ) as client:
         try:
             yield client
         finally:

@@ -21,6 +21,7 @@ _SIZES: Final = {"num_virtual_tokens": 32, "num_layers": 8, "num_attention_heads
 _CONFIG: Final = {"peft_type": "PREFIX_TUNING", "task_type": "CAUSAL_LM", "base_model_name_or_path": "m", **_SIZES}
 _ADAPTERS: Final = 6  # few, and few forms of each: what the service remembers is complete before samples are taken
 _KEPT: Final = 3  # versions of an adapter
+_TOO_SLOW: Final = {"storage-failed", "overloaded", "unavailable"}
 
 
 @dataclass
@@ -30,6 +31,8 @@ class Churn:
     server: Server
     done: Counter[str] = field(default_factory=Counter)
     unexpected: Counter[str] = field(default_factory=Counter)
+    held_up: Counter[str] = field(default_factory=Counter)
+    """Answers that the service was too slow for, as it may be while the machine does something else."""
     _stop: threading.Event = field(default_factory=threading.Event)
     _threads: list[threading.Thread] = field(default_factory=list)
 
@@ -46,6 +49,10 @@ class Churn:
         for thread in self._threads:
             thread.start()
 
+    def has_begun(self) -> bool:
+        """Returns whether every step was done twice, or something is wrong."""
+        return bool(self.unexpected) or (len(self.done) == len(self._threads) and min(self.done.values()) >= 2)
+
     def stop(self) -> None:
         """Stops the threads, and waits for their last steps."""
         self._stop.set()
@@ -58,7 +65,8 @@ class Churn:
                 step(draw)
                 self.done[step.__name__.strip("_")] += 1
             except (PrefixServiceError, httpx.HTTPError) as error:
-                self.unexpected[f"{step.__name__.strip('_')}: {type(error).__name__} {error!s:.100}"] += 1
+                counts = self.held_up if _code(error) in _TOO_SLOW else self.unexpected
+                counts[f"{step.__name__.strip('_')}: {type(error).__name__} {error!s:.100}"] += 1
             time.sleep(0.01)
 
     def _any(self, draw: random.Random) -> tuple[str, str]:
@@ -142,6 +150,12 @@ class Churn:
             self._publish(client, gone, "a", 1)
             client.delete(f"/v1/tenants/{gone}").raise_for_status()
             client.get("/metrics")
+
+
+def _code(error: PrefixServiceError | httpx.HTTPError) -> str:
+    if isinstance(error, PrefixServiceError):
+        return error.code
+    return str(error.response.json()["code"]) if isinstance(error, httpx.HTTPStatusError) else ""
 
 
 def _broken() -> "itertools.chain[bytes]":

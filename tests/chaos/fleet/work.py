@@ -11,6 +11,7 @@ from typing import Final
 import httpx
 
 from prefix_service.client import PrefixClient
+from tests.chaos.campaign import has_status, settled
 from tests.chaos.fleet.fleet import Fleet, Replica
 from tests.chaos.service import code_of, now
 from tests.chaos.truth import SHAPE, Adapter, Truth, content
@@ -140,7 +141,7 @@ class FleetWork(Callers):
         """Reads with valid and revoked keys at all replicas."""
         random = Random(1)  # noqa: S311 - any order will do
         while not self._stop.wait(self._between):
-            keys = [*self.keys.valid.values(), *(text for text, _ in self.keys.revoked.values())]
+            keys = [*self.keys.valid.values(), *(text for text, _ in list(self.keys.revoked.values()))]
             replica = random.choice(self.fleet.replicas)
             if keys:
                 with self.fleet.client_of(replica) as client:
@@ -169,7 +170,7 @@ class FleetWork(Callers):
             self._compare_key(client, text, 401)
 
     def _compare_key(self, client: httpx.Client, key: str, expected: int) -> None:
-        headers = {"Authorization": f"Bearer {key}"}
-        answer = client.get(f"{_RESIDENT}@1/prefix?layout=stacked", headers=headers)
+        path = f"{_RESIDENT}@1/prefix?layout=stacked"
+        answer = settled(client, path, partial(has_status, expected), Authorization=f"Bearer {key}")
         if answer.status_code != expected:
             self.truth.lost.append(f"a key must answer {expected} at {client.base_url}: {answer.status_code}")

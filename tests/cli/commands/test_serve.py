@@ -63,7 +63,7 @@ def test_dev_mode_stays_on_loopback() -> None:
 def test_dev_mode_needs_no_key_and_says_so(tmp_path: Path) -> None:
     """In dev mode requests need no key, the log says so, and no bootstrap key is made."""
     with running_server(tmp_path / "data", "--dev") as dev:
-        assert httpx.get(f"{dev.url}/v1/tenants").status_code == 200
+        assert httpx.get(f"{dev.url}/v1/tenants", timeout=60).status_code == 200
         assert "dev mode: no keys" in dev.log.read_text()
         assert dev.admin_key == ""
 
@@ -85,11 +85,11 @@ def test_a_signal_ends_it_in_order(tmp_path: Path, number: signal.Signals, is_re
     under way. Until then it says that it is not ready, whether or not it was, and answers what comes over kept and new
     connections. It prints only lines of the log, and never the key."""
     skip_under_nohup(number)
-    with running_server(tmp_path / "data") as server, httpx.Client(base_url=server.url) as kept:
+    with running_server(tmp_path / "data") as server, httpx.Client(base_url=server.url, timeout=60) as kept:
         key, body = server.admin_key, b'{"max_adapters": 3}'
         if not is_ready:
             (server.data_dir / "blobs").rename(tmp_path / "away")
-            eventually(lambda: httpx.get(f"{server.url}/readyz").status_code == 503)
+            eventually(lambda: httpx.get(f"{server.url}/readyz", timeout=60).status_code == 503)
         kept.get("/livez")
         fields = {"Authorization": f"Bearer {key}", "Content-Type": "application/json", "Connection": "close"}
         address = urlsplit(server.url)
@@ -97,7 +97,7 @@ def test_a_signal_ends_it_in_order(tmp_path: Path, number: signal.Signals, is_re
             one.sendall(head("PUT", "/v1/tenants/late", **fields, Content_Length=str(len(body)), Expect="100-continue"))
             assert one.recv(100).startswith(b"HTTP/1.1 100")
             server.process.send_signal(number)
-            eventually(lambda: "the service ends" in httpx.get(f"{server.url}/readyz").text)
+            eventually(lambda: "the service ends" in httpx.get(f"{server.url}/readyz", timeout=60).text)
             answer = kept.get("/v1/tenants/late")
             assert (answer.status_code, answer.headers["connection"]) == (401, "close")
             one.sendall(body)
