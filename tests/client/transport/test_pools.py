@@ -22,6 +22,7 @@ from tests.client.hostile import BODY, answer, hostile_server, read_request
 from tests.client.test_client import published
 from tests.client.transport.test_deadlines import resolving
 from tests.conftest import Server, free_port
+from tests.processes import eventually
 
 _names = itertools.count()
 ADAPTERS = [f"pools/a{number}" for number in range(8)]
@@ -51,8 +52,9 @@ def client(connect: Callable[..., Any], fleet: list[Forwarder]) -> Any:
 
 @pytest.fixture
 def unhedged(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Asks no address beside another one, which a slow machine would make seem slow."""
+    """Asks no other address because one is slow: on a slow machine all are."""
     monkeypatch.setattr(Hedging, "take", lambda _: False)
+    monkeypatch.setattr(pools, "_CONNECTS", 60.0)
 
 
 def best(key: str, names: list[str]) -> str:
@@ -132,9 +134,13 @@ def test_the_next_address_answers_where_one_is_away(
     monkeypatch.setattr(pools, "_FIRST_ABSENCE", 0.0)
     for place in _pools_of(client)._places:
         place.away_until = 0.0
-    for _ in range(2):
-        client.inspect(name)
-    assert (home.taken(), other.taken()) == (2, 0)
+
+    def is_back() -> bool:
+        for _ in range(2):
+            client.inspect(name)
+        return (home.taken(), other.taken()) == (2, 0)
+
+    eventually(is_back)  # a slow service may refuse a read at first
 
 
 def _pools_of(client: Any) -> Any:
@@ -197,6 +203,7 @@ def test_a_slow_address_is_hedged(client: Any, fleet: list[Forwarder], monkeypat
     """The next address is asked too, its answer is used, and the slow one counts as away."""
     name = ADAPTERS[4]
     home, (other, last) = home_of(name, fleet)
+    monkeypatch.setattr(pools, "_CONNECTS", 60.0)
     home.become("hangs")
     assert client.get(name).version == 1
     monkeypatch.setattr(Hedging, "take", lambda _: False)  # the next address may seem slow too
