@@ -12,6 +12,8 @@ from torch import Tensor
 
 from prefix_service.checkpoints.sources import prepare_upload
 from prefix_service.client import AsyncPrefixClient, Prefix, PrefixClient
+from prefix_service.client.transport import retries
+from prefix_service.errors import PrefixServiceError
 from tests.architectures import NAMED
 from tests.conftest import CORPUS, NO_TLS, Server
 from tests.vision import VISION
@@ -75,6 +77,20 @@ def connect(request: pytest.FixtureRequest, server: Server) -> Iterator[Callable
 def client(connect: Callable[..., Any], server: Server) -> Any:
     """Returns a client of either kind."""
     return connect(server.url)
+
+
+@pytest.fixture
+def two_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gives each request of a client two attempts, however much of its deadline a slow machine takes for them."""
+    decide = retries.Attempts.pause_after
+
+    def pause_after(attempts: retries.Attempts, error: PrefixServiceError) -> float:
+        pause = decide(attempts, error)
+        if pause > retries._FIRST_PAUSE:
+            raise error
+        return pause
+
+    monkeypatch.setattr(retries.Attempts, "pause_after", pause_after)
 
 
 PublishAndGet = Callable[..., Prefix]

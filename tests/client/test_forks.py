@@ -65,7 +65,7 @@ def in_child(work: Callable[[], Any]) -> Any:
     child = context.Process(target=run, daemon=True)
     child.start()
     try:
-        assert here.poll(20), "the child hangs"
+        assert here.poll(90), "the child hangs"
         result = here.recv()
     finally:
         child.kill()
@@ -90,7 +90,7 @@ WAYS: dict[str, dict[str, Any]] = {
 @contextmanager
 def client_on(way: str, kind: type[Any], numbered: Server, shared: Server, folder: Path) -> Iterator[Any]:
     """Yields a client that reaches the service that way."""
-    options: dict[str, Any] = {"cache_bytes": 0, "timeout": 15, **WAYS[way]}
+    options: dict[str, Any] = {"cache_bytes": 0, "timeout": 60, **WAYS[way]}
     with ExitStack() as stack:
         server = shared if options.pop("uds", False) else numbered
         url = server.url
@@ -118,7 +118,7 @@ def test_children_of_a_used_client_read_what_they_ask_for(
         with context.Pool(4, initializer=_adopt, initargs=(reads,)) as pool:
             pending = pool.map_async(_read, range(4))
             ours = list(reads)
-            theirs = [read for found in pending.get(60) for read in found]
+            theirs = [read for found in pending.get(120) for read in found]
         assert len(theirs) == 4 * 18
         assert [read for read in ours + theirs if read[1] != [read[0]]] == []
         if way == "on disk":

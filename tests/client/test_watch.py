@@ -13,6 +13,7 @@ import sqlalchemy as sa
 
 from prefix_service.catalog.schema import changes
 from prefix_service.client import PrefixClient, Watch, WatchedChange
+from prefix_service.client import watch as watch_module
 from prefix_service.client.flows import watched
 from prefix_service.client.flows.watched import Watched
 from prefix_service.client.service_state import ServiceState
@@ -61,6 +62,12 @@ def place(server: Server) -> Iterator[Forwarder]:
         yield found
 
 
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the watch wait for what it fetches in advance, which takes a slow machine longer than a second."""
+    monkeypatch.setattr(watch_module, "_PREFETCHED_WITHIN", 60.0)
+
+
 def prefixes_asked(place: Forwarder) -> list[bytes]:
     """Returns the requests for prefixes since the last call."""
     heads, place.heads = place.heads, []
@@ -74,7 +81,9 @@ def watching(client: Any, on_change: Callable[[WatchedChange], object] | None = 
     return watch
 
 
-def test_an_alias_is_served_from_memory(connect: Any, place: Forwarder, adapter: str, publisher: PrefixClient) -> None:
+def test_an_alias_is_served_from_memory(
+    connect: Any, place: Forwarder, adapter: str, publisher: PrefixClient, patient: None
+) -> None:
     """While nothing changes there is no request. What it moves to is there before it is asked for, in each form."""
     client, seen = connect(place.url), list[WatchedChange]()
     watching(client, seen.append)
@@ -92,7 +101,9 @@ def test_an_alias_is_served_from_memory(connect: Any, place: Forwarder, adapter:
     assert seen[-1] == WatchedChange("alias-moved", tenant, name, "prod", 2, digest)
 
 
-def test_latest_and_deletions(connect: Any, place: Forwarder, adapter: str, publisher: PrefixClient) -> None:
+def test_latest_and_deletions(
+    connect: Any, place: Forwarder, adapter: str, publisher: PrefixClient, patient: None
+) -> None:
     """A publication moves `latest`; a deletion makes it be asked for."""
     client, seen = connect(place.url), list[WatchedChange]()
     watching(client, seen.append)
@@ -159,12 +170,14 @@ def test_a_silent_watch_confirms_nothing(
     state = getattr(client, "_client", client)._reading.watched
     client.get(f"{adapter}@prod")
     prefixes_asked(place)
+    hear = state.hear
+    monkeypatch.setattr(state, "hear", lambda _: None)  # the service may send a sign of life at any moment
     state._told_until = 0.0
     assert not watch.is_alive
     for _ in range(2):
         client.get(f"{adapter}@prod")
     assert len(prefixes_asked(place)) == 2
-    state.hear(state._service.watched)
+    hear(state._service.watched)
     for _ in range(2):
         client.get(f"{adapter}@prod")
     assert len(prefixes_asked(place)) == 1

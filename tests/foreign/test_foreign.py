@@ -62,7 +62,7 @@ class Program:
         """Publishes the folder, and fetches what was published."""
         environment = {**os.environ, "PREFIX_URL": url, "PREFIX_API_KEY": key, "LC_ALL": "C.UTF-8"}
         arguments = [*self.command, f"{TENANT}/{adapter}", str(folder), *self.options]
-        return subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=60)
+        return subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=180)
 
     def output(self, url: str, key: str, adapter: str, folder: Path) -> dict[str, Any]:
         """Returns what the program prints, which must succeed."""
@@ -210,7 +210,7 @@ def test_curl_uses_its_connection_again(
     form = [argument for name in FIELDS for argument in ("--form", f"{name}=@{folder / name}")]
     first = [*common, *options, *form, "--output", str(tmp_path / "version.json"), f"{path}/versions"]
     second = [*common, "--output", str(tmp_path / "prefix.safetensors"), f"{path}@1/prefix"]
-    done = subprocess.run(["curl", *first, "--next", *second], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["curl", *first, "--next", *second], capture_output=True, text=True, timeout=180)
     assert done.stdout.splitlines() == ["201 1", "200 0"]
 
 

@@ -37,7 +37,7 @@ def feed(database: Database) -> ChangeFeed:
 
 @pytest.fixture
 async def watchers(database: Database, feed: ChangeFeed) -> Watchers:
-    made = Watchers(database, 100, lambda: feed.is_following)
+    made = Watchers(database, 100, lambda: True)
     feed.listen(made.on_changes)
     return made
 

@@ -387,7 +387,7 @@ async def test_a_cancelled_computation_ends_with_its_step() -> None:
             await work.compute(steps())
 
     task = asyncio.create_task(compute())
-    assert await asyncio.to_thread(begun.wait, 10)
+    assert await asyncio.to_thread(begun.wait, 60)
     task.cancel()
     await settled()
     assert not task.done()

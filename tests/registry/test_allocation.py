@@ -73,7 +73,7 @@ def test_an_exhausted_address_space_evicts_and_then_says_so() -> None:
     """A process with a limit that its budgets do not know loads and renders while something can be evicted, raises
     OutOfSpace when all is pinned, and loads again once something is unpinned.
     """
-    ended = subprocess.run([sys.executable, "-c", EXHAUSTING], capture_output=True, text=True, timeout=120, check=False)
+    ended = subprocess.run([sys.executable, "-c", EXHAUSTING], capture_output=True, text=True, timeout=400, check=False)
     assert ended.returncode == 0, ended.stderr
     evictions, words, loaded = ended.stdout.splitlines()
     assert (evictions, loaded) == ("evictions True", "bytes True")

@@ -116,7 +116,7 @@ async def test_the_first_failure_is_told_whichever_comes_first(order: tuple[int,
 
 async def test_two_who_need_each_others_room_come_one_after_the_other() -> None:
     """Two groups that each need all that a request may hold are served one after the other."""
-    registry = registry_of(rendering_bytes=8 * SIZE, patience=3)
+    registry = registry_of(rendering_bytes=8 * SIZE, patience=60)
 
     async def read(first: int) -> None:
         loaders = [Loader(first), Loader(first + 1)]
@@ -133,7 +133,7 @@ async def test_two_who_need_each_others_room_come_one_after_the_other() -> None:
 
 async def test_a_batch_that_waits_holds_up_no_other_tenants() -> None:
     """A waiting batch holds neither bytes nor a turn, so its neighbour's batch is served immediately."""
-    registry = registry_of(rendering_bytes=8 * SIZE, patience=30)
+    registry = registry_of(rendering_bytes=8 * SIZE, patience=60)
     async with contextlib.AsyncExitStack() as stack:
         for number in range(4):
             await stack.enter_async_context(leased(registry, Loader(number), number))
@@ -144,7 +144,7 @@ async def test_a_batch_that_waits_holds_up_no_other_tenants() -> None:
             for number in (1, 2)
         ]
         async with (
-            asyncio.timeout(10),
+            asyncio.timeout(60),
             Leases([registry.rendering(key, SIZE, SIZE, Loader(key.version.version)) for key in neighbours]),
         ):
             assert not waiting.done()

@@ -72,7 +72,7 @@ def started(
 ) -> Iterator[Asking]:
     """Yields an engine on a service, with partners around its connector: the first before it, others after it."""
     with serving_adapters(reference, folder) as server:
-        transfer = transfer_config(server.url, timeout=30)
+        transfer = transfer_config(server.url, timeout=120)
         if partners:
             transfer = multi_config(partners[0], transfer, *partners[1:])
         with engine(folder, reference.model, transfer, server.admin_key, **options) as made:

@@ -225,7 +225,7 @@ def engine(
     with tempfile.TemporaryDirectory() as short, socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address := f"{short}/engine")
         listener.listen()
-        listener.settimeout(90)
+        listener.settimeout(300)
         program = _program(
             python,
             threads,
@@ -267,7 +267,7 @@ def openai_server(
         log=str(log),
     )
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=300) as client:
             _wait(client, program, log)
             yield client
     finally:

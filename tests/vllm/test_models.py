@@ -7,6 +7,7 @@ import httpx
 import pytest
 
 from tests.benchmarks.growth.folder import BIG, name_of
+from tests.processes import eventually
 from tests.vllm.sdks import called
 from tests.vllm.served import ASKED, KEY, LORA, MANY, ROWS, SDK_ROWS, Served, adapter_of, without_lora
 
@@ -62,6 +63,8 @@ def test_the_sdk_lists_served_models_and_thousands_of_adapters(served: Served) -
     """The list has all allowed adapters, and none of another tenant; some are also read alone."""
     many = [f"{BIG}/{name}" for name in (*(name_of(number) for number in range(MANY)), "first")]
     few = [f"demo/{name}" for name in ASKED]
+    # The list is read beside the requests, which wait five seconds for it at most.
+    eventually(lambda: len(served.client.get("/v1/models").json()["data"]) > MANY)
     told = called(served.client, KEY, "openai", alone=["model", LORA, *few, many[-1]])["models"]
     cards = {card["id"]: card for card in told["listed"]}
     assert list(cards) == ["model", LORA, *many, *sorted(few)]

@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from prefix_service.client.vllm.middleware import ROUTES
 from tests.benchmarks.growth.folder import BIG
 from tests.pages.markdown import PACKAGE, snippets
+from tests.processes import eventually
 from tests.vllm.served import ASKED, Served
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers' own
@@ -219,12 +220,12 @@ def test_an_adapter_that_would_be_ignored_is_refused(openai: httpx.Client) -> No
 def test_the_dashboard_asks_for_numbers_that_vllm_has(openai: httpx.Client) -> None:
     """Each number of Grafana's panels is in vLLM's `/metrics`."""
     assert _chat(openai, _PARAMS["prefix_adapter"], "Why?", max_tokens=1).status_code == 200
+    eventually(lambda: (f"demo/{_NAME}", "cpu") in _residency(openai.get("/metrics").text))
     dashboard = (PACKAGE / "deploy" / "grafana-vllm.json").read_text()
     names = set(re.findall(r"\bvllm:\w+", dashboard))
     text = openai.get("/metrics").text
     assert len(names) == 5
     assert {name for name in names if not re.search(rf"^{name}{{", text, re.MULTILINE)} == set()
-    assert (f"demo/{_NAME}", "cpu") in _residency(text)
 
 
 def _residency(scrape: str) -> set[tuple[str, str]]:
@@ -243,6 +244,7 @@ def test_a_router_reads_which_adapters_are_loaded(openai: httpx.Client) -> None:
     find what they find without adapters.
     """
     assert _chat(openai, _PARAMS["prefix_adapter"], "Why?", max_tokens=1).status_code == 200
+    eventually(lambda: (f"demo/{_NAME}", "cpu") in _residency(openai.get("/metrics").text))
     line, _, *lines = _ROUTER["request"]  # the second is the host
     headers = {name: value for name, _, value in (header.partition(": ") for header in lines)}
     method, path, _ = line.split()

@@ -112,7 +112,7 @@ class Measuring:
         made = self._admins[0].post(path, json={"scope": "read"}).raise_for_status().json()
         workers = [server.client(made["key"]) for server in self.servers]
         for worker in workers:  # which remembers the key then
-            assert worker.get(f"{_ADAPTER}@prod/prefix").status_code == 200
+            eventually(lambda worker=worker: worker.get(f"{_ADAPTER}@prod/prefix").status_code == 200)  # type: ignore[misc]
         time.sleep(self._random.uniform(0, _PAUSE))
         self._random.choice(self._admins).delete(f"{path}/{made['id']}").raise_for_status()
         seconds = self._last(workers, lambda worker: worker.get(f"{_ADAPTER}@prod/prefix").status_code == 401)

@@ -84,7 +84,7 @@ def test_loads_count_every_answer_and_an_open_one_keeps_its_rate(files: Path) ->
         opened = open_loop(address, repeat(request), 4, 1.0, rate=50)
     assert closed.statuses == {200: len(closed.latencies)}
     assert size < closed.nbytes / len(closed.latencies) < size + 1000
-    assert closed.rate == pytest.approx(4 / (sum(closed.latencies) / len(closed.latencies)), rel=0.3)
+    assert 0.7 * 4 * 0.5 < sum(closed.latencies) <= 4 * closed.seconds  # four are under way until the time is over
     assert 25 < len(opened.latencies) < 85  # 50 of a Poisson process
 
 

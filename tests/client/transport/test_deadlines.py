@@ -246,9 +246,11 @@ def test_a_half_open_connection_costs_a_part_of_the_deadline(kind: type[Any], na
             call(client)
             return time.monotonic() - began
 
+    both = threading.Barrier(2)
+
     def waits(connection: socket.socket) -> None:
         read_request(connection)
-        time.sleep(1)  # so that both connections are needed
+        both.wait(60)  # so that both connections are needed
         connection.sendall(told)
         then_swallows()(connection)
 
@@ -407,11 +409,11 @@ def test_localhost_means_both_its_addresses() -> None:
             assert is_right(client.get("a/b"))
 
 
-def test_no_address_at_all_is_an_error_of_this_project(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_address_at_all_is_an_error_of_this_project(monkeypatch: pytest.MonkeyPatch, two_attempts: None) -> None:
     """If no address answers, ConnectionFailed names the last failure within the deadline, also if the resolver
     hangs."""
     with resolving(monkeypatch, ("127.0.0.1", free_port()), ("127.0.0.1", free_port())):
-        client = PrefixClient("http://several.test", timeout=0.5)
+        client = PrefixClient("http://several.test", timeout=60)
         with client, pytest.raises(ConnectionFailed, match="refused"):
             client.inspect("a/b")
     hangs = threading.Event()

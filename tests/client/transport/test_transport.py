@@ -69,7 +69,7 @@ def test_a_call_outlives_a_restart(tmp_path: Path) -> None:
         port, key = first.url.rpartition(":")[2], first.admin_key
         with PrefixClient(first.url, key) as client:
             published(client, "again/a")
-    with PrefixClient(first.url, key, timeout=50) as client:
+    with PrefixClient(first.url, key, timeout=150) as client:
         found: list[int] = []
         waiting = threading.Thread(target=lambda: found.append(client.get("again/a").version))
         waiting.start()
@@ -146,7 +146,7 @@ def test_publishing_is_retried_from_the_beginning_of_the_file(tmp_path: Path) ->
     with running_server(tmp_path / "data") as first:
         port, key = first.url.rpartition(":")[2], first.admin_key
     weights = (LLAMA / "adapter_model.safetensors").open("rb")
-    with weights, PrefixClient(first.url, key, timeout=50) as client:
+    with weights, PrefixClient(first.url, key, timeout=150) as client:
         done: list[bool] = []
         config = (LLAMA / "adapter_config.json").read_bytes()
         publishing = threading.Thread(target=lambda: done.append(client.publish_files("again/b", config, weights)[1]))

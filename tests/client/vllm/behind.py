@@ -65,7 +65,7 @@ class Behind:
 
     def __init__(self, url: str, model: dict[str, Any], *, transfers: bool = True) -> None:
         self.url, self.key = url, os.environ["PREFIX_API_KEY"]
-        self.extra: dict[str, Any] = {"url": url, "timeout": 2}  # kv_connector_extra_config
+        self.extra: dict[str, Any] = {"url": url, "timeout": 60}  # kv_connector_extra_config
         transfer = SimpleNamespace(kv_connector_extra_config=self.extra) if transfers else None
         config = SimpleNamespace(
             kv_transfer_config=transfer,

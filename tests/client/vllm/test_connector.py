@@ -322,10 +322,12 @@ def test_the_middleware_tells_of_a_wrong_model_a_wrong_engine_and_a_service_that
     """400 if the caller or the operator must change something, 503 if the fault may pass by itself."""
     content = json.dumps({"kv_transfer_params": {"prefix_adapter": "vllm/fits"}})
     other = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 2}
+    away = Behind("http://127.0.0.1:9", other)
+    away.extra["timeout"] = 1
     for app, status, words in (
         (Behind(server.url, other), 400, "trained for another model"),
         (Behind(server.url, other, transfers=False), 400, "without PrefixConnector"),
-        (Behind("http://127.0.0.1:9", other), 503, "cannot be reached"),
+        (away, 503, "cannot be reached"),
     ):
         answer = app.post(content)
         assert answer.status_code == status

@@ -250,11 +250,11 @@ def test_a_worker_uses_an_early_fetch_if_it_is_the_versions(early: Any, asked: l
     worker = WorkerHalf(source, _MODEL, (0, 1), 1 << 20)
     worker._layers = {0: SimpleNamespace()}  # type: ignore[dict-item]
     worker.start(Orders(early=[(1, ("acme/a",)), (2, ("acme/b",))]))
-    assert begun.wait(10)
+    assert begun.wait(60)
     worker.start(Orders(fetches=[(7, ("acme/a@sha256:a1",), 1)], given_up=[2]))
     (prefix,) = worker._parcels[7].result(30)
     assert (prefix.digest, gets, worker._early) == ("sha256:a1", asked, {})
-    assert ended.wait(10)
+    assert ended.wait(60)
     worker.close()
 
 
@@ -275,4 +275,4 @@ def test_a_worker_takes_no_bytes_that_do_not_fit_the_model() -> None:
     with pytest.raises(DimensionMismatch, match="has num_kv_heads 2, the model that vLLM serves has 1"):
         worker._parcels[1].result(30)
     worker.close()
-    assert ended.wait(10)
+    assert ended.wait(60)

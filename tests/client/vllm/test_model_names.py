@@ -266,7 +266,7 @@ def test_models_are_vllms_and_the_adapters_that_are_allowed_and_fit(
 def test_while_the_service_is_away_vllms_own_models_are_listed(vllm: Behind, monkeypatch: pytest.MonkeyPatch) -> None:
     """Routers read the list to see whether vLLM lives, so it is answered; an adapter's card is 503."""
     monkeypatch.setattr(model_list, "_PATIENCE", 0.2)
-    vllm.extra["url"] = "http://127.0.0.1:9"
+    vllm.extra |= {"url": "http://127.0.0.1:9", "timeout": 1}
     assert [card["id"] for card in listed(vllm)["data"]] == ["base", "org/base", "org/lora"]
     assert vllm.post(None, "/v1/models/vllm/fits").status_code == 503
     assert ask(vllm, model="vllm/fits").status_code == 503

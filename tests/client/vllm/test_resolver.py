@@ -14,6 +14,7 @@ import pytest
 
 from prefix_service.client import AsyncPrefixClient, Fingerprint, PrefixClient
 from prefix_service.client.base_model_check import BaseModelCheck
+from prefix_service.client.vllm import resolver as module
 from prefix_service.client.vllm.background import Background
 from prefix_service.client.vllm.base_model import BaseModel
 from prefix_service.client.vllm.composition import Composition
@@ -66,14 +67,19 @@ async def resolving(url: str, check: BaseModelCheck = "warn", **more: Any) -> As
         await resolver.close()
 
 
-async def test_what_was_resolved_is_recalled_for_ever_or_for_a_second(server: Server, held: Holder) -> None:
+async def test_what_was_resolved_is_recalled_for_ever_or_for_a_second(
+    held: Holder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Numbers and digests always mean one version; an alias may move, so it is asked for again."""
+    now = 1000.0
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
     async with resolving(held.url) as resolver:
         assert resolver.recall(("quick/a@1",)) is None
         version = await resolver.resolve(("quick/a@1",))
         latest = await resolver.resolve(("quick/a",))
+        now += 0.9
         assert version == latest == resolver.recall(("quick/a",)) == resolver.recall(version.references)
-        await asyncio.sleep(1.1)
+        now += 0.2
         assert resolver.recall(("quick/a",)) is None
         assert resolver.recall(("quick/a@1",)) == version
         held.hold(b"/tenants/quick/")
@@ -114,7 +120,7 @@ async def test_one_question_for_all_who_wait_and_none_when_nobody_does(held: Hol
 
 async def test_a_tenant_that_is_slow_holds_up_nobody_else(held: Holder) -> None:
     """A tenant's many questions delay no other tenant's; each is answered, or fails at the deadline with the reason."""
-    async with resolving(held.url, timeout=3) as resolver:
+    async with resolving(held.url, timeout=120) as resolver:
         held.hold(b"/tenants/slow/")
         asking = [asyncio.create_task(resolver.resolve((f"slow/none-{number}",))) for number in range(40)]
         await asyncio.to_thread(held.wait_for, _QUESTIONS // 2)
@@ -122,9 +128,15 @@ async def test_a_tenant_that_is_slow_holds_up_nobody_else(held: Holder) -> None:
         with pytest.raises(NotFound):
             await resolver.resolve(("quick/none",))
         assert held.waiting == _QUESTIONS // 2
+        for task in asking:
+            task.cancel()
+        held.hold()
+    async with resolving(held.url, timeout=1) as resolver:
+        held.hold(b"/tenants/slow/")
+        asking = [asyncio.create_task(resolver.resolve((f"slow/none-{number}",))) for number in range(40)]
         results = await asyncio.gather(*asking, return_exceptions=True)
         assert {type(result) for result in results} <= {ConnectionFailed, Unavailable}
-        assert "did not say within 3.0 s what slow/none-39 means" in str(results[39])
+        assert "did not say within 1.0 s what slow/none-39 means" in str(results[39])
 
 
 async def test_requests_that_leave_make_room_for_the_others_of_their_tenant(held: Holder) -> None:
@@ -144,7 +156,7 @@ async def test_a_tenant_above_its_rate_delays_its_own_new_adapters_alone(server:
     """One tenant asks forty questions at one a second; another tenant's question is not delayed."""
     with PrefixClient(server.url, server.admin_key) as client:
         client.put_tenant("slow", {"requests_per_second": 1})
-    async with resolving(held.url, timeout=6) as resolver:
+    async with resolving(held.url, timeout=30) as resolver:
         asking = [asyncio.create_task(resolver.resolve((f"slow/none-{number}",))) for number in range(40)]
         await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
         began = time.monotonic()
@@ -155,7 +167,7 @@ async def test_a_tenant_above_its_rate_delays_its_own_new_adapters_alone(server:
             task.cancel()
     with PrefixClient(server.url, server.admin_key) as client:
         client.put_tenant("slow", {"requests_per_second": None})
-    assert took < 5  # six of the other tenant's would have taken as long
+    assert took < 20  # twenty of the other tenant's would have taken as long
 
 
 async def test_while_the_service_does_not_answer_an_alias_means_what_it_meant(held: Holder) -> None:
@@ -177,7 +189,7 @@ async def test_while_the_service_does_not_answer_an_alias_means_what_it_meant(he
 
 
 async def _until(condition: Any) -> None:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110 - there is no event for the passing of time
             await asyncio.sleep(0.05)
 
