@@ -66,16 +66,26 @@ class Forwarder:
 
     def _forward(self, client: socket.socket) -> None:
         with client, contextlib.suppress(OSError), socket.create_connection(self._target) as server:
-            threading.Thread(target=_pump, args=(server, client), daemon=True).start()
-            while data := client.recv(1 << 16):
-                if b" HTTP/1.1\r\n" in data:
-                    self.heads.append(data)
-                with self._changed:
-                    self._changed.wait_for(lambda: self._mode != "hangs", 120)
-                if self._mode == "cuts":
-                    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-                    return
-                server.sendall(data)
+            back = threading.Thread(target=_pump, args=(server, client), daemon=True)
+            back.start()
+            try:
+                self._pass_on(client, server)
+            finally:
+                client.close()
+                # Were it closed while the other thread receives, another connection's socket could get its number.
+                server.shutdown(socket.SHUT_RDWR)
+                back.join()
+
+    def _pass_on(self, client: socket.socket, server: socket.socket) -> None:
+        while data := client.recv(1 << 16):
+            if b" HTTP/1.1\r\n" in data:
+                self.heads.append(data)
+            with self._changed:
+                self._changed.wait_for(lambda: self._mode != "hangs", 120)
+            if self._mode == "cuts":
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+                return
+            server.sendall(data)
 
 
 def _pump(source: socket.socket, target: socket.socket) -> None:
