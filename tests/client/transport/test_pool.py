@@ -191,7 +191,19 @@ def says_that_it_waited_too_long(connection: socket.socket) -> None:
     connection.sendall(answer(b"", "Connection: close", status="408 Request Timeout"))
 
 
-ENDS = {"idle": says(answer()), "asked": closes_at_the_second_request, "told": says_that_it_waited_too_long}
+def says_so_while_it_is_asked(connection: socket.socket) -> None:
+    """A server whose 408 for the idle connection crosses the second request."""
+    closes_at_the_second_request(connection)
+    connection.sendall(answer(b"<html>", "Connection: close", status="408 Request Timeout"))
+
+
+ENDS = {
+    "idle": says(answer()),
+    "asked": closes_at_the_second_request,
+    "told": says_that_it_waited_too_long,
+    "told while it is asked": says_so_while_it_is_asked,
+}
+"""Ends of a connection; the last two by a 408, which answers no request (RFC 9110, 15.5.9)."""
 
 
 @pytest.mark.parametrize("first", ENDS.values(), ids=ENDS)
@@ -207,7 +219,7 @@ def test_a_connection_that_ended_while_idle_is_replaced_at_once(first: Script, m
 
     with hostile_server(script, says(answer())) as server, PrefixClient(server.url) as client:
         client.get("a/b@1")
-        assert first is closes_at_the_second_request or ended.wait(60)
+        assert first in (closes_at_the_second_request, says_so_while_it_is_asked) or ended.wait(60)
         began = time.monotonic()
         assert is_right(client.get("a/b"))
         assert time.monotonic() - began < 40
@@ -328,6 +340,19 @@ def test_no_broken_framing_passes_on_the_event_loop(fault: str, two_attempts: No
     with hostile_server(says(FAULTS[fault])) as server:
         with pytest.raises(ConnectionFailed):
             asyncio.run(fetch(server.url))
+        assert len(server.requests) == 2
+
+
+def test_a_408_that_crosses_a_request_is_no_answer_on_the_event_loop() -> None:
+    """The request is sent again over a new connection."""
+
+    async def read(url: str) -> None:
+        async with AsyncPrefixClient(url) as client:
+            await client.get("a/b@1")
+            assert is_right(await client.get("a/b"))
+
+    with hostile_server(says_so_while_it_is_asked, says(answer())) as server:
+        asyncio.run(read(server.url))
         assert len(server.requests) == 2
 
 

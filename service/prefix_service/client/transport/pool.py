@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
+from http import HTTPStatus
 from typing import Final, Protocol
 from urllib.parse import urlencode
 
@@ -185,7 +186,9 @@ class Pool:
         link = self.idle_one(request)
         if link is not None:
             try:
-                return over(link, patience)
+                received = over(link, patience)
+                if received[0].status != HTTPStatus.REQUEST_TIMEOUT:  # that answers an idle connection, no request
+                    return received
             except OSError:
                 if link.has_begun or interrupt.is_broken or (race is not None and race.has_begun):
                     raise
@@ -232,7 +235,9 @@ class Pool:
         link = self.idle_one(request)
         if link is not None:
             try:
-                return await over(link, patience)
+                received = await over(link, patience)
+                if received[0].status != HTTPStatus.REQUEST_TIMEOUT:  # that answers an idle connection, no request
+                    return received
             except OSError:
                 if link.has_begun or (race is not None and race.has_begun):
                     raise
