@@ -43,7 +43,7 @@ def measure(*, quick: bool) -> Outcome:
     gguf = find_model()
     if gguf is None or not PYTHON.exists():
         raise SystemExit(f"this needs the model ({HOW_TO_GET_IT}) and vLLM (bash tests/vllm/install)")
-    lengths, rounds = (_LENGTHS[:2], 2) if quick else (_LENGTHS, 5)
+    lengths, rounds = (_LENGTHS[:2], 2) if quick else (_LENGTHS, 15)
     found: dict[int, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory(prefix="prefix-vllm-") as name, ExitStack() as stack:
         folder = Path(name)
