@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from inspect import getdoc
 from pathlib import Path
@@ -108,7 +108,7 @@ class _Client:
         cache_bytes = options.whole("cache_bytes", cache_bytes, 0)
         if verify_digest is not None:
             options.flag("verify_digest", verify_digest)
-        allocate = partial(_allocate, cache_bytes=cache_bytes, pinned=pin_memory)
+        allocate = self._allocator(cache_bytes, pinned=pin_memory)
         self._reading = Reading(
             LocalCache(cache_bytes),
             self._disk_cache(cache_dir, options.whole("cache_dir_bytes", cache_dir_bytes, 0)),
@@ -133,6 +133,10 @@ class _Client:
         )
         self._fetcher = fetcher if http is None else None
         self._open(fetcher, http)
+
+    def _allocator(self, cache_bytes: int, *, pinned: bool) -> Callable[[int], memoryview]:
+        """Returns what allocates the memory of bodies."""
+        return partial(_allocate, cache_bytes=cache_bytes, pinned=pinned)
 
     def _open(self, fetcher: Fetcher, http: Any) -> None:
         """Choose the way that requests take."""

@@ -85,7 +85,7 @@ def test_the_key_comes_from_a_file_or_the_environment(tmp_path: Path, monkeypatc
     ):
         assert ConnectorConfig.of({"url": "http://x", **more}).api_key() == key
     with pytest.raises(InvalidRequest, match="cannot be read"):
-        Source(ConnectorConfig.of({"url": "http://x", "api_key_file": tmp_path / "none"}), 0)
+        Source(ConnectorConfig.of({"url": "http://x", "api_key_file": tmp_path / "none"}))
 
 
 def test_a_request_names_its_adapter_or_none() -> None:

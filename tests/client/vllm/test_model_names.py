@@ -433,7 +433,7 @@ def test_a_page_of_adapters_that_cannot_be_is_an_error(page: dict[str, Any]) -> 
 
 async def test_a_key_is_asked_about_once_for_all_and_again_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     """All callers share one question, also its failure; a service without that route has no tenant for any key."""
-    source, asked = Source(ConnectorConfig.of({"url": "http://x"}), 0), 0
+    source, asked = Source(ConnectorConfig.of({"url": "http://x"})), 0
     answer: Any = ConnectionFailed("away")
 
     async def run(_ask: Any) -> Any:
@@ -455,7 +455,7 @@ async def test_a_key_is_asked_about_once_for_all_and_again_after_a_failure(monke
     assert [await source.tenant() for _ in range(3)] == ["acme"] * 3
     assert asked == 3
     await source.close()
-    old, answer = Source(ConnectorConfig.of({"url": "http://x"}), 0), NotFound("no such path")
+    old, answer = Source(ConnectorConfig.of({"url": "http://x"})), NotFound("no such path")
     monkeypatch.setattr(old, "_call", run)
     assert await old.tenant() is None
     await old.close()

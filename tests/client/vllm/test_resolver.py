@@ -59,7 +59,7 @@ async def resolving(url: str, check: BaseModelCheck = "warn", **more: Any) -> As
     with PrefixClient(url, os.environ["PREFIX_API_KEY"]) as client:
         told = client.get("quick/a").metadata
     model = Model(told["num_layers"], told["num_kv_heads"], told["head_dim"], "float32", 128)
-    source = Source(ConnectorConfig.of({"url": url, "timeout": 20, **more}), 1 << 20)
+    source = Source(ConnectorConfig.of({"url": url, "timeout": 20, **more}))
     resolver = Resolver(source, model, BaseModel(OTHER_MODEL, check))
     try:
         yield resolver
@@ -196,7 +196,7 @@ async def _until(condition: Any) -> None:
 
 async def test_a_version_of_another_model_is_not_remembered(held: Holder) -> None:
     """A version that does not fit is asked for, and refused, each time."""
-    source = Source(ConnectorConfig.of({"url": held.url}), 0)
+    source = Source(ConnectorConfig.of({"url": held.url}))
     resolver = Resolver(source, Model(9, 2, 8, "float32", 128), BaseModel(OTHER_MODEL, "off"))
     for _ in range(2):
         with pytest.raises(DimensionMismatch):
@@ -211,7 +211,7 @@ async def test_a_rotated_key_is_read_again_from_its_file(server: Server, publish
     publish("quick", "a", GPT2)
     file = tmp_path / "key"
     file.write_text("prefix_" + "0" * 16)
-    source = Source(ConnectorConfig.of({"url": server.url, "api_key_file": file}), 0)
+    source = Source(ConnectorConfig.of({"url": server.url, "api_key_file": file}))
     for asked in (source.tenant(), source.resolve("quick/a")):
         with pytest.raises(Unauthenticated, match="refuses the key that vLLM has from api_key_file: "):
             await asked
@@ -242,7 +242,7 @@ async def test_the_client_of_a_replaced_key_is_closed_when_its_last_call_ends(
     monkeypatch.setattr(AsyncPrefixClient, "close", noted)
     file = tmp_path / "key"
     file.write_text("prefix_" + "0" * 16)
-    source = Source(ConnectorConfig.of({"url": server.url, "api_key_file": file}), 0)
+    source = Source(ConnectorConfig.of({"url": server.url, "api_key_file": file}))
     first, answer = source._client, asyncio.Event()
     waiting = asyncio.create_task(source._call(lambda _: answer.wait()))
     await asyncio.sleep(0)

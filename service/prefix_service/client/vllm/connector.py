@@ -28,6 +28,7 @@ from prefix_service.client.vllm.events import name_adapters
 from prefix_service.client.vllm.metrics import PrefixMetrics, PrefixStats
 from prefix_service.client.vllm.model import Model, refuse_model
 from prefix_service.client.vllm.resolver import Resolver
+from prefix_service.client.vllm.reused_memory import ReusedMemory
 from prefix_service.client.vllm.scheduler import SchedulerHalf
 from prefix_service.client.vllm.shelf import Orders, Reports, Shelf
 from prefix_service.client.vllm.source import Source
@@ -72,12 +73,12 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] # 
             tally = Tally()
             shelf = Shelf(config.cache_bytes, vllm_config.parallel_config.world_size, tally)
             base_model = BaseModel(vllm_config, config.base_model_check)
-            resolver = Resolver(Source(config, config.cache_bytes), model, base_model)
+            resolver = Resolver(Source(config), model, base_model)
             self.half = SchedulerHalf(resolver, shelf, model, config, tally)
         else:
             rank = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
             heads = kv_heads_of_rank(model.num_kv_heads, rank)
-            source = Source(config, cache_bytes=0)  # the scheduler decides what is kept
+            source = Source(config, ReusedMemory(config.cache_bytes))  # the scheduler decides what is kept
             self.half = WorkerHalf(source, model, heads, config.cache_bytes)
 
     # --- The scheduler ---

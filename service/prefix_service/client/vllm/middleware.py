@@ -70,7 +70,7 @@ class _Service:
         Raises:
             InvalidRequest: the configuration is wrong.
         """
-        source, model = Source(config, config.cache_bytes), Model.of(vllm_config)
+        source, model = Source(config), Model.of(vllm_config)
         permissions = Permissions(config, source)
         parent = models.base_model_paths[0].name if models is not None else ""
         resolver = Resolver(source, model, BaseModel(vllm_config, config.base_model_check))

@@ -4,11 +4,13 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from prefix_service.client.client import AsyncPrefixClient
 from prefix_service.client.flows.resolving import ResolvedVersion
 from prefix_service.client.vllm.config import ConnectorConfig
+from prefix_service.client.vllm.reused_memory import ReusedMemory
 from prefix_service.errors import InvalidRequest, InvalidResponse, NotFound, Unauthenticated
 
 if TYPE_CHECKING:
@@ -19,15 +21,26 @@ T = TypeVar("T")
 log = logging.getLogger("vllm.prefix_service")
 
 
+class _Client(AsyncPrefixClient):
+    """A client that receives prefixes into memory that is used again."""
+
+    def __init__(self, memory: ReusedMemory, *arguments: Any, **options: Any) -> None:
+        self._memory = memory
+        super().__init__(*arguments, **options)
+
+    def _allocator(self, cache_bytes: int, *, pinned: bool) -> Callable[[int], memoryview]:
+        return self._memory.allocate
+
+
 class Source:
-    """Reads prefixes, on one event loop. `cache_bytes` is the budget of the client's own cache.
+    """Reads prefixes, on one event loop, into `memory` if it is given; its client caches none then.
 
     Raises:
         InvalidRequest: the configuration has a URL that is none, or names a key's file that cannot be read.
     """
 
-    def __init__(self, config: ConnectorConfig, cache_bytes: int) -> None:
-        self._config, self._cache_bytes = config, cache_bytes
+    def __init__(self, config: ConnectorConfig, memory: ReusedMemory | None = None) -> None:
+        self._config, self._memory = config, memory
         self.timeout = config.timeout
         self._key = config.api_key()
         self._client = self._new_client()
@@ -36,13 +49,14 @@ class Source:
 
     def _new_client(self) -> AsyncPrefixClient:
         config = self._config
-        return AsyncPrefixClient(
+        make = AsyncPrefixClient if self._memory is None else partial(_Client, self._memory)
+        return make(
             config.url,
             self._key or "",  # None would read PREFIX_API_KEY, which `api_key_env` may have replaced
             uds=config.uds,
             ca_file=config.ca_file,
             timeout=config.timeout,
-            cache_bytes=self._cache_bytes,
+            cache_bytes=config.cache_bytes if self._memory is None else 0,
             cache_dir=config.cache_dir,
             cache_dir_bytes=config.cache_dir_bytes,
             verify_digest=config.verify_digest,

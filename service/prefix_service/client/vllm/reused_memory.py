@@ -1,0 +1,66 @@
+"""Host memory for one prefix after another: what the last one leaves is used for the next.
+
+The kernel fills fresh memory with zeros when it is first touched, which takes as long as receiving a prefix into it.
+"""
+
+import ctypes
+import mmap
+import threading
+import weakref
+from collections import deque
+from queue import SimpleQueue
+from typing import cast
+
+from prefix_service.client.cache.memory import allocate
+from prefix_service.system.host_memory import LARGE
+
+
+class ReusedMemory:
+    """Memory that is used again once nothing refers to it, at most `budget` bytes together with what is in use; safe to
+    share between threads.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self._budget, self._in_use = budget, 0  # bytes
+        self._spare: deque[mmap.mmap] = deque()  # the oldest first
+        self._returned = SimpleQueue[mmap.mmap]()  # by finalizers, which may run anywhere, also within `allocate`
+        self._lock = threading.Lock()
+
+    def allocate(self, nbytes: int) -> memoryview:
+        """Returns memory of `nbytes` bytes with arbitrary content. It is used again when the last view of it, and the
+        last tensor in it, is gone.
+
+        Raises:
+            InvalidResponse: there is not enough memory.
+        """
+        if nbytes < LARGE:  # malloc uses such memory again
+            return allocate(nbytes, pinned=False)
+        with self._lock:
+            self._take_back()
+            block = self._spare_of(nbytes)
+            while self._spare and self._in_use + nbytes + sum(map(len, self._spare)) > self._budget:
+                self._spare.popleft()
+            block = block or cast("mmap.mmap", allocate(nbytes, pinned=False).obj)
+            view = (ctypes.c_ubyte * nbytes).from_buffer(block)
+            self._in_use += nbytes
+        weakref.finalize(view, self._returned.put, block).atexit = False
+        return memoryview(view).cast("B")
+
+    def _take_back(self) -> None:
+        while not self._returned.empty():
+            block = self._returned.get()
+            self._in_use -= len(block)
+            self._spare.append(block)
+
+    def _spare_of(self, nbytes: int) -> mmap.mmap | None:
+        """Returns the spare block whose size is nearest, made as large as is needed; None if there is none."""
+        if not self._spare:
+            return None
+        block = min(self._spare, key=lambda spare: abs(len(spare) - nbytes))
+        self._spare.remove(block)
+        try:
+            if len(block) != nbytes:
+                block.resize(nbytes)
+        except (BufferError, OSError, SystemError):  # its last view is just going, no address space, or no mremap(2)
+            return None
+        return block
