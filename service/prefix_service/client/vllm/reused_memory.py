@@ -38,19 +38,32 @@ class ReusedMemory:
         with self._lock:
             self._take_back()
             block = self._spare_of(nbytes)
-            while self._spare and self._in_use + nbytes + sum(map(len, self._spare)) > self._budget:
-                self._spare.popleft()
+            self._trim(nbytes)
             block = block or cast("mmap.mmap", allocate(nbytes, pinned=False).obj)
             view = (ctypes.c_ubyte * nbytes).from_buffer(block)
             self._in_use += nbytes
-        weakref.finalize(view, self._returned.put, block).atexit = False
+        weakref.finalize(view, self._return, block).atexit = False
         return memoryview(view).cast("B")
+
+    def _return(self, block: mmap.mmap) -> None:
+        self._returned.put(block)
+        if self._lock.acquire(blocking=False):  # else its holder takes it back, or the next one
+            try:
+                self._take_back()
+                self._trim(0)
+            finally:
+                self._lock.release()
 
     def _take_back(self) -> None:
         while not self._returned.empty():
             block = self._returned.get()
             self._in_use -= len(block)
             self._spare.append(block)
+
+    def _trim(self, wanted: int) -> None:
+        """Frees spare memory until the budget has room for `wanted` bytes more, or none is left."""
+        while self._spare and self._in_use + wanted + sum(map(len, self._spare)) > self._budget:
+            self._spare.popleft()
 
     def _spare_of(self, nbytes: int) -> mmap.mmap | None:
         """Returns the spare block whose size is nearest, made as large as is needed; None if there is none."""
