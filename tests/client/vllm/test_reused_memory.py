@@ -84,13 +84,21 @@ def test_spare_memory_counts_against_the_budget() -> None:
     other = _tensor(memory, 90 * _MIB, value=1)
     assert 120 * _MIB < _resident() - before < 140 * _MIB
     del one, other
+    two = [_tensor(memory, 40 * _MIB, value=1) for _ in range(2)]
+    two.clear()
+    assert 70 * _MIB < _resident() - before < 100 * _MIB
+    whole = _tensor(memory, 100 * _MIB, value=1)
+    assert 90 * _MIB < _resident() - before < 110 * _MIB
+    del whole
 
 
 def test_small_memory_is_the_allocators() -> None:
     """malloc uses small memory again by itself."""
     memory = ReusedMemory(100 * _MIB)
-    assert not isinstance(memory.allocate(host_memory.LARGE - 1).obj, mmap.mmap)
-    assert not memory._in_use
+    small = memory.allocate(host_memory.LARGE - 1)
+    assert memory._in_use == 0
+    large = memory.allocate(host_memory.LARGE)
+    assert memory._in_use == len(large) == len(small) + 1
 
 
 def test_no_memory_left() -> None:
