@@ -17,6 +17,7 @@ any of these:
   and the extra keys of their hashes
 - `{"written": true}`: what the code of vLLM's backends for GPUs makes of a prefix, by `writers.py`
 - `{"loaded": {<a job>}}`: what the blocks of a prefix hold after its load, as a digest
+- `{"spare": n}`: the worker keeps at most so many bytes of memory that prefixes have left
 - `{"forget": "blocks"}` (vLLM's prefix cache) or `"all"` (what the connectors remember too)
 
 Writes a line of JSON for each.
@@ -67,6 +68,7 @@ def _done(llm: Any, asked: dict[str, Any]) -> dict[str, Any] | list[list[float]]
         "events": _events,
         "written": _written,
         "loaded": _digest_loaded,
+        "spare": _limit_spare,
         "forget": _forget,
     }
     return verbs[verb](llm, value) if verb in verbs else _run(llm, **asked)
@@ -115,6 +117,13 @@ def _preemptions(llm: Any) -> int:
 
 def _forget(llm: Any, what: str) -> dict[str, Any]:
     return {"reset": llm.reset_prefix_cache(reset_connector=what == "all")}
+
+
+def _limit_spare(llm: Any, nbytes: int) -> dict[str, int]:
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    get_kv_transfer_group().half._source._memory._budget = nbytes
+    return {"spare": nbytes}
 
 
 def _switch_salt(llm: Any, salted: bool) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import argparse
 from rich.console import Console
 
 from tests.benchmarks.vllm.first_token import measure
+from tests.benchmarks.vllm.link import enter
 
 
 def main() -> None:
@@ -15,6 +16,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few rounds of short prefixes; the page stays as it is")
     arguments = parser.parse_args()
+    enter()
     if not arguments.quick:
         from tests.benchmarks.vllm.page import keep  # draws with the extra `bench`: without it, this fails at once
     found = measure(quick=arguments.quick)

