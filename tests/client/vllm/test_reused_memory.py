@@ -1,5 +1,6 @@
 """A worker receives prefixes into memory that an earlier one has left, and never into memory that is still in use."""
 
+import contextlib
 import mmap
 import random
 import threading
@@ -90,6 +91,25 @@ def test_spare_memory_counts_against_the_budget() -> None:
     whole = _tensor(memory, 100 * _MIB, value=1)
     assert 90 * _MIB < _resident() - before < 110 * _MIB
     del whole
+
+
+def test_memory_that_is_returned_while_another_is_allocated_counts_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the budget it leaves, without a later call; also if the allocation fails."""
+    memory, real = ReusedMemory(100 * _MIB), cache_memory.allocate
+    held = [memory.allocate(200 * _MIB)]
+
+    def meanwhile(nbytes: int, *, pinned: bool) -> memoryview:
+        held.clear()  # as in another thread, or by garbage collection in this one
+        return real(nbytes, pinned=pinned)
+
+    monkeypatch.setattr(module, "allocate", meanwhile)
+    for nbytes, expected in ((40 * _MIB, 40 * _MIB), (1 << 62, 0)):
+        with contextlib.suppress(InvalidResponse):
+            held.append(memory.allocate(nbytes))
+        assert memory._returned.empty()
+        assert memory._in_use == expected
+        assert not memory._spare
+        held[:] = [memory.allocate(200 * _MIB)]
 
 
 def test_small_memory_is_the_allocators() -> None:

@@ -35,19 +35,26 @@ class ReusedMemory:
         """
         if nbytes < LARGE:  # malloc uses such memory again
             return allocate(nbytes, pinned=False)
-        with self._lock:
-            self._take_back()
-            block = self._spare_of(nbytes)
-            self._trim(nbytes)
-            block = block or cast("mmap.mmap", allocate(nbytes, pinned=False).obj)
-            view = (ctypes.c_ubyte * nbytes).from_buffer(block)
-            self._in_use += nbytes
+        try:
+            with self._lock:
+                self._take_back()
+                block = self._spare_of(nbytes)
+                self._trim(nbytes)
+                block = block or cast("mmap.mmap", allocate(nbytes, pinned=False).obj)
+                view = (ctypes.c_ubyte * nbytes).from_buffer(block)
+                self._in_use += nbytes
+        finally:
+            self._settle()  # what was returned meanwhile
         weakref.finalize(view, self._return, block).atexit = False
         return memoryview(view).cast("B")
 
     def _return(self, block: mmap.mmap) -> None:
         self._returned.put(block)
-        if self._lock.acquire(blocking=False):  # else its holder takes it back, or the next one
+        self._settle()
+
+    def _settle(self) -> None:
+        """Takes back what was returned, unless another thread holds the lock: that one does it afterwards."""
+        while not self._returned.empty() and self._lock.acquire(blocking=False):
             try:
                 self._take_back()
                 self._trim(0)
