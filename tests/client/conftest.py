@@ -84,11 +84,9 @@ def two_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gives each request of a client two attempts, however much of its deadline a slow machine takes for them."""
     decide = retries.Attempts.pause_after
 
-    def pause_after(attempts: retries.Attempts, error: PrefixServiceError) -> float:
+    def pause_after(attempts: retries.Attempts, error: PrefixServiceError) -> float | None:
         pause = decide(attempts, error)
-        if pause > retries._FIRST_PAUSE:
-            raise error
-        return pause
+        return None if pause is None or pause > retries._FIRST_PAUSE else pause
 
     monkeypatch.setattr(retries.Attempts, "pause_after", pause_after)
 

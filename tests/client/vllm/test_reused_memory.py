@@ -1,10 +1,15 @@
 """A worker receives prefixes into memory that an earlier one has left, and never into memory that is still in use."""
 
+import asyncio
 import contextlib
+import gc
 import mmap
 import random
 import threading
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -14,12 +19,16 @@ from prefix_service.client import PrefixClient
 from prefix_service.client.cache import memory as cache_memory
 from prefix_service.client.vllm import reused_memory as module
 from prefix_service.client.vllm.config import ConnectorConfig
+from prefix_service.client.vllm.model import Model
 from prefix_service.client.vllm.reused_memory import ReusedMemory
+from prefix_service.client.vllm.shelf import Orders
 from prefix_service.client.vllm.source import Source
-from prefix_service.errors import ConnectionFailed, InvalidResponse
+from prefix_service.client.vllm.worker import Layer, WorkerHalf
+from prefix_service.errors import ConnectionFailed, InvalidResponse, TooLarge
 from prefix_service.system import host_memory
 from tests.client.hostile import BODY, answer, hostile_server, says
 from tests.conftest import Server
+from tests.processes import eventually
 
 _MIB = 1 << 20
 _SHAPE = {"peft_type": "PREFIX_TUNING", "task_type": "CAUSAL_LM", "num_layers": 8, "num_attention_heads": 8}
@@ -186,7 +195,25 @@ async def test_a_worker_gets_exact_prefixes_in_memory_that_others_left(server: S
         places.add(held[name].untyped_storage().data_ptr())
         assert all(torch.equal(tensor, whole[one]) for one, tensor in held.items())
     assert len(places) < 12  # of 20 prefixes
+    in_use = memory._in_use
+    gc.disable()  # an early fetch that fails leaves its memory to the next one, not to the garbage collector
+    try:
+        await _fetch_early_without_room(source, f"reused/large{connections}")
+        await asyncio.to_thread(eventually, lambda: memory._in_use == in_use, 5)
+    finally:
+        gc.enable()
     await source.close()
+
+
+async def _fetch_early_without_room(source: Source, reference: str) -> None:
+    """Has a worker begin an early fetch, which fails at its first bytes, and forget it."""
+    model = SimpleNamespace(dtype="float32", check=lambda _metadata: None)
+    half = WorkerHalf(source, cast("Model", model), (0, 8), early_bytes=0)
+    half._layers = dict.fromkeys(range(8), cast("Layer", None))
+    half.start(Orders(early=[(1, (reference,))]))
+    assert isinstance(await asyncio.to_thread(half._early[1].exception), TooLarge)
+    half.start(Orders(given_up=[1]))
+    half._background.close(partial(asyncio.sleep, 0))
 
 
 @pytest.mark.usefixtures("_all_is_large")

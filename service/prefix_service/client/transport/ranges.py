@@ -58,17 +58,20 @@ class Pieces:
             return self._memory[: head.length]
 
         try:
-            head, body = self._exchange(first, {"Range": f"bytes=0-{PIECE - 1}"})
-            if head.status != 206:
-                return head, body
-            self._take()
+            try:
+                head, body = self._exchange(first, {"Range": f"bytes=0-{PIECE - 1}"})
+                if head.status != 206:
+                    return head, body
+                self._take()
+            finally:
+                self._starts = iter(())  # after a failure, the other threads end with their current range
+                for thread in self._threads:
+                    thread.join()
+            if self._failure is not None:
+                raise self._failure
+            return head, self._memory
         finally:
-            self._starts = iter(())  # after a failure, the other threads end with their current range
-            for thread in self._threads:
-                thread.join()
-        if self._failure is not None:
-            raise self._failure
-        return head, self._memory
+            self._failure = None  # it refers to this object, whose memory would stay until garbage is collected
 
     def _plan(self, head: Head) -> int:
         """Returns the length of the whole body, whose first range has this head, and schedules its other ranges."""

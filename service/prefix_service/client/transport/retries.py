@@ -29,23 +29,17 @@ class Attempts:
         self._may_be_done = False
         self._pause = _FIRST_PAUSE
 
-    def pause_after(self, error: PrefixServiceError) -> float:
-        """Returns the seconds to wait before another attempt.
-
-        Raises:
-            PrefixServiceError: `error` itself, if another attempt cannot help or there is no time for it.
-        """
+    def pause_after(self, error: PrefixServiceError) -> float | None:
+        """Returns the seconds to wait before another attempt; None if that cannot help or there is no time for it."""
         if not isinstance(error, ConnectionFailed | Unavailable) or isinstance(error, CorruptBlob):
-            raise error
+            return None
         if not _was_refused(error):
             if not self._request.is_idempotent:
-                raise error
+                return None
             self._may_be_done = True
         pause = max(self._pause, error.retry_after if isinstance(error, Unavailable) else 0)
         self._pause = min(2 * self._pause, _LONGEST_PAUSE)
-        if time.monotonic() + pause >= self._until:
-            raise error
-        return pause
+        return pause if time.monotonic() + pause < self._until else None
 
     def found_done(self, error: PrefixServiceError) -> bool:
         """Returns whether a deletion finds nothing because an earlier attempt, whose answer was lost, succeeded."""

@@ -104,7 +104,9 @@ class Transport:
             except PrefixServiceError as error:
                 if attempts.found_done(error):
                     return Answer(204, {}, bytearray())
-                time.sleep(attempts.pause_after(named(error, step)))
+                if (pause := attempts.pause_after(named(error, step))) is None:
+                    raise
+                time.sleep(pause)
 
     def _once(self, request: Request, until: float) -> Any:
         with traced(request) as sent:
@@ -191,7 +193,9 @@ class AsyncTransport:
             except PrefixServiceError as error:
                 if attempts.found_done(error):
                     return Answer(204, {}, bytearray())
-                await asyncio.sleep(attempts.pause_after(named(error, step)))
+                if (pause := attempts.pause_after(named(error, step))) is None:
+                    raise
+                await asyncio.sleep(pause)
 
     async def _once(self, request: Request, until: float) -> Any:
         with traced(request) as sent:

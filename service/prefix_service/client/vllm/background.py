@@ -15,8 +15,8 @@ async def all_of(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     try:
         return await asyncio.gather(*tasks)
     finally:
-        for task in tasks:
-            task.cancel()
+        while tasks:  # an error refers to them, and they to it: its memory would stay until garbage is collected
+            tasks.pop().cancel()
 
 
 class Background:
