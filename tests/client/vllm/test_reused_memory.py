@@ -206,13 +206,15 @@ async def test_a_worker_gets_exact_prefixes_in_memory_that_others_left(server: S
 
 
 async def _fetch_early_without_room(source: Source, reference: str) -> None:
-    """Has a worker begin an early fetch, which fails at its first bytes, and forget it."""
+    """Has a worker begin an early fetch, which fails at its first bytes, fetch the same in its place, and drop that."""
     model = SimpleNamespace(dtype="float32", check=lambda _metadata: None)
     half = WorkerHalf(source, cast("Model", model), (0, 8), early_bytes=0)
     half._layers = dict.fromkeys(range(8), cast("Layer", None))
     half.start(Orders(early=[(1, (reference,))]))
     assert isinstance(await asyncio.to_thread(half._early[1].exception), TooLarge)
-    half.start(Orders(given_up=[1]))
+    half.start(Orders(fetches=[(2, (reference,), 1)]))
+    assert len(await asyncio.to_thread(half._parcels[2].result)) == 1
+    half.start(Orders(drops=[2]))
     half._background.close(partial(asyncio.sleep, 0))
 
 

@@ -123,6 +123,7 @@ class WorkerHalf:
                 prefixes = await asyncio.wrap_future(begun)
                 if all(map(_is_of, prefixes, references)):
                     return prefixes
+            del begun  # its error refers to this frame: the memory would stay until garbage is collected
         return await self._fetch(references)
 
     async def _fetch(self, references: References, early: int | None = None) -> "list[Prefix]":
