@@ -135,7 +135,7 @@ class _Client:
         self._open(fetcher, http)
 
     def _allocator(self, cache_bytes: int, *, pinned: bool) -> Callable[[int], memoryview]:
-        """Returns what allocates the memory of bodies."""
+        """Returns the function that allocates memory for a body of so many bytes."""
         return partial(_allocate, cache_bytes=cache_bytes, pinned=pinned)
 
     def _open(self, fetcher: Fetcher, http: Any) -> None:

@@ -1,7 +1,6 @@
-"""A link of 10 Gbit/s: loopback in a network namespace of this command's own, slowed down by tc(8).
+"""A link of 10 Gbit/s: loopback, slowed down by tc(8), in a network namespace of this command's own.
 
-Between a worker and a service on another machine the network is slower than loopback; loopback shares the processors
-with the worker.
+A network between machines is slower than loopback, but loopback takes processor time from the worker.
 """
 
 import os
@@ -12,15 +11,15 @@ from contextlib import contextmanager
 from typing import Final
 
 _INSIDE: Final = "PREFIX_BENCHMARK_LINK"
-_ROOM: Final = ["tbf", "rate", "10gbit", "burst", "2mb", "latency", "20ms"]
+_RATE: Final = ["tbf", "rate", "10gbit", "burst", "2mb", "latency", "20ms"]
 _OWN: Final = ["unshare", "--net", "--map-root-user"]
 _UP: Final = ["ip", "link", "set", "lo", "up"]
-_SLOW: Final = ["tc", "qdisc", "add", "dev", "lo", "root", *_ROOM]
+_SLOW: Final = ["tc", "qdisc", "add", "dev", "lo", "root", *_RATE]
 
 
 def enter() -> None:
-    """Runs this command again in a network namespace of its own, unless it is in one; says so if the machine has no
-    such thing."""
+    """Runs this command again in a network namespace of its own, unless it is in one; writes to standard error if the
+    machine cannot make one, and the link is left out."""
     if _INSIDE in os.environ:
         return
     trial = [*_OWN, "sh", "-c", f"{' '.join(_UP)} && {' '.join(_SLOW)}"]

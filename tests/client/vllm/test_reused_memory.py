@@ -102,23 +102,34 @@ def test_spare_memory_counts_against_the_budget() -> None:
     del whole
 
 
-def test_memory_that_is_returned_while_another_is_allocated_counts_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fails", [False, True])
+def test_memory_that_is_returned_while_another_is_allocated_counts_at_once(
+    monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
     """Beyond the budget it leaves, without a later call; also if the allocation fails."""
     memory, real = ReusedMemory(100 * _MIB), cache_memory.allocate
-    held = [memory.allocate(200 * _MIB)]
+    held = [memory.allocate(90 * _MIB) for _ in range(2)]
 
     def meanwhile(nbytes: int, *, pinned: bool) -> memoryview:
         held.clear()  # as in another thread, or by garbage collection in this one
+        if fails:
+            raise InvalidResponse("no memory")
         return real(nbytes, pinned=pinned)
 
     monkeypatch.setattr(module, "allocate", meanwhile)
-    for nbytes, expected in ((40 * _MIB, 40 * _MIB), (1 << 62, 0)):
-        with contextlib.suppress(InvalidResponse):
-            held.append(memory.allocate(nbytes))
-        assert memory._returned.empty()
-        assert memory._in_use == expected
-        assert not memory._spare
-        held[:] = [memory.allocate(200 * _MIB)]
+    with contextlib.suppress(InvalidResponse):
+        held.append(memory.allocate(40 * _MIB))
+    assert memory._returned.empty()
+    assert memory._in_use == (0 if fails else 40 * _MIB)
+    assert memory._in_use + sum(map(len, memory._spare)) <= 100 * _MIB
+
+
+def test_memory_beyond_the_budget_takes_no_spare_memory() -> None:
+    """A body that claims more than all prefixes may have does not take from those that come after it."""
+    memory = ReusedMemory(100 * _MIB)
+    place = _tensor(memory, 40 * _MIB, value=1).data_ptr()
+    assert len(memory.allocate(100 * _MIB + 1)) == 100 * _MIB + 1
+    assert _tensor(memory, 40 * _MIB).data_ptr() == place
 
 
 def test_small_memory_is_the_allocators() -> None:
@@ -132,12 +143,12 @@ def test_small_memory_is_the_allocators() -> None:
 
 def test_no_memory_left() -> None:
     """A size that the system refuses is an answer that claims it, with spare memory and without."""
-    memory = ReusedMemory(100 * _MIB)
+    memory = ReusedMemory(1 << 62)
     with pytest.raises(InvalidResponse, match="for which there is no memory"):
-        memory.allocate(1 << 62)
+        memory.allocate(1 << 61)
     _tensor(memory, 40 * _MIB, value=1)
     with pytest.raises(InvalidResponse, match="for which there is no memory"):
-        memory.allocate(1 << 62)
+        memory.allocate(1 << 61)
     assert len(memory.allocate(40 * _MIB)) == 40 * _MIB
     assert memory._in_use <= 40 * _MIB
 

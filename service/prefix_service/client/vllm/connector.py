@@ -78,7 +78,7 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] # 
         else:
             rank = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
             heads = kv_heads_of_rank(model.num_kv_heads, rank)
-            source = Source(config, ReusedMemory(config.cache_bytes))  # the scheduler decides what is kept
+            source = Source(config, ReusedMemory(config.cache_bytes))  # no cache: the scheduler decides what stays
             self.half = WorkerHalf(source, model, heads, config.cache_bytes)
 
     # --- The scheduler ---

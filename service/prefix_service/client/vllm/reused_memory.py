@@ -1,6 +1,6 @@
-"""Host memory for one prefix after another: what the last one leaves is used for the next.
+"""Host memory for prefixes: when one is dropped, the next is received into its memory.
 
-The kernel fills fresh memory with zeros when it is first touched, which takes as long as receiving a prefix into it.
+The kernel fills fresh memory with zeros when it is first touched, which takes about as long as receiving a prefix.
 """
 
 import ctypes
@@ -16,8 +16,10 @@ from prefix_service.system.host_memory import LARGE
 
 
 class ReusedMemory:
-    """Memory that is used again once nothing refers to it, at most `budget` bytes together with what is in use; safe to
-    share between threads.
+    """Memory that is used again once nothing refers to it; safe to share between threads.
+
+    Spare memory and memory in use have at most `budget` bytes together. Memory in use may exceed that alone, and then
+    none is kept. Blocks of less than 32 MiB do not count.
     """
 
     def __init__(self, budget: int) -> None:
@@ -27,13 +29,13 @@ class ReusedMemory:
         self._lock = threading.Lock()
 
     def allocate(self, nbytes: int) -> memoryview:
-        """Returns memory of `nbytes` bytes with arbitrary content. It is used again when the last view of it, and the
-        last tensor in it, is gone.
+        """Returns memory of `nbytes` bytes with arbitrary content. It is used again when the last view of it and the
+        last tensor in it are gone.
 
         Raises:
             InvalidResponse: there is not enough memory.
         """
-        if nbytes < LARGE:  # malloc uses such memory again
+        if nbytes < LARGE or nbytes > self._budget:  # malloc already reuses small blocks; too large ones are not kept
             return allocate(nbytes, pinned=False)
         try:
             with self._lock:
@@ -41,12 +43,12 @@ class ReusedMemory:
                 block = self._spare_of(nbytes)
                 self._trim(nbytes)
                 block = block or cast("mmap.mmap", allocate(nbytes, pinned=False).obj)
-                view = (ctypes.c_ubyte * nbytes).from_buffer(block)
+                array = (ctypes.c_ubyte * nbytes).from_buffer(block)
                 self._in_use += nbytes
         finally:
             self._settle()  # what was returned meanwhile
-        weakref.finalize(view, self._return, block).atexit = False
-        return memoryview(view).cast("B")
+        weakref.finalize(array, self._return, block).atexit = False
+        return memoryview(array).cast("B")
 
     def _return(self, block: mmap.mmap) -> None:
         self._returned.put(block)
@@ -73,7 +75,7 @@ class ReusedMemory:
             self._spare.popleft()
 
     def _spare_of(self, nbytes: int) -> mmap.mmap | None:
-        """Returns the spare block whose size is nearest, made as large as is needed; None if there is none."""
+        """Returns the spare block whose size is nearest, resized to `nbytes`; None if there is none."""
         if not self._spare:
             return None
         block = min(self._spare, key=lambda spare: abs(len(spare) - nbytes))
@@ -81,6 +83,10 @@ class ReusedMemory:
         try:
             if len(block) != nbytes:
                 block.resize(nbytes)
-        except (BufferError, OSError, SystemError):  # its last view is just going, no address space, or no mremap(2)
+        except (
+            BufferError,
+            OSError,
+            SystemError,
+        ):  # its last view is still being freed, no address space, no mremap(2)
             return None
         return block

@@ -22,7 +22,7 @@ log = logging.getLogger("vllm.prefix_service")
 
 
 class _Client(AsyncPrefixClient):
-    """A client that receives prefixes into memory that is used again."""
+    """A client that receives prefixes into reused memory."""
 
     def __init__(self, memory: ReusedMemory, *arguments: Any, **options: Any) -> None:
         self._memory = memory
@@ -33,7 +33,7 @@ class _Client(AsyncPrefixClient):
 
 
 class Source:
-    """Reads prefixes, on one event loop, into `memory` if it is given; its client caches none then.
+    """Reads prefixes on one event loop. With `memory` it receives them there, and caches none in memory.
 
     Raises:
         InvalidRequest: the configuration has a URL that is none, or names a key's file that cannot be read.
