@@ -83,10 +83,6 @@ class ReusedMemory:
         try:
             if len(block) != nbytes:
                 block.resize(nbytes)
-        except (
-            BufferError,
-            OSError,
-            SystemError,
-        ):  # its last view is still being freed, no address space, no mremap(2)
+        except (BufferError, OSError, SystemError):  # its last view is yet to end, no address space, no mremap(2)
             return None
         return block
