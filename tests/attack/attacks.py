@@ -32,6 +32,7 @@ TENANT: Final = "attacker"
 SMALL_TENANT: Final = "small-attacker"
 """Has a small quota; the key `small` is one of scope `write` of this tenant."""
 SMALL_QUOTA: Final = 2 << 20
+_STORED: Final = (1 << 20) + 4096  # bytes of a version of `publish_and_delete`
 QUOTA: Final = 1 << 30
 """Bytes that the attacker may have."""
 ADAPTERS: Final = f"/v1/tenants/{TENANT}/adapters"
@@ -49,7 +50,8 @@ _JSON: Final = (1 << 20) - 1000
 @dataclass(frozen=True, slots=True)
 class Attack:
     """One attack. `allowed` lists the statuses that it may be answered with, beside a connection that is cut off. It
-    may make so many bytes on the `disk`: twice its tenant's quota. Only one that `works` may take memory of the work
+    may make so many bytes on the `disk`: twice its tenant's quota, and a version that was stored beside another before
+    it was refused. Only one that `works` may take memory of the work
     budget; what others read is in the budgets of prefixes and renderings."""
 
     name: str
@@ -70,7 +72,7 @@ def attack(key: Key, *allowed: int, works: bool = True) -> Callable[[Run], Run]:
     def add(run: Run) -> Run:
         name = run.__name__.replace("_", "-")
         says = (run.__doc__ or "").partition("\n")[0]
-        disk = 2 * (SMALL_QUOTA if key == "small" else QUOTA)
+        disk = 2 * (SMALL_QUOTA if key == "small" else QUOTA) + _STORED
         ATTACKS[name] = Attack(name, key, says, run, frozenset(allowed), disk, works)
         return run
 

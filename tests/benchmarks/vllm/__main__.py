@@ -1,28 +1,31 @@
-"""`python -m tests.benchmarks.vllm [--quick]` prints a table, and writes README.md with a plot.
+"""`python -m tests.benchmarks.vllm` prints a table, and writes README.md with a plot.
 
-`--quick` is a smoke test and writes nothing.
+`--cold` and `--quick` write nothing.
 """
 
 import argparse
 
 from rich.console import Console
 
-from tests.benchmarks.vllm.first_token import measure
+from tests.benchmarks.vllm.first_token import COLD, QUICK, WHOLE, Extent, measure
 from tests.benchmarks.vllm.link import enter
 
 
 def main() -> None:
     """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few rounds of short prefixes; the page stays as it is")
-    arguments = parser.parse_args()
+    parts = parser.add_mutually_exclusive_group()
+    cold = "sixty rounds of a new adapter of 4,096 tokens and of its bytes alone"
+    parts.add_argument("--cold", dest="part", action="store_const", const=COLD, help=cold)
+    parts.add_argument("--quick", dest="part", action="store_const", const=QUICK, help="few rounds of short prefixes")
+    part: Extent | None = parser.parse_args().part
     enter()
-    if not arguments.quick:
+    if part is None:
         from tests.benchmarks.vllm.page import keep  # draws with the extra `bench`: without it, this fails at once
-    found = measure(quick=arguments.quick)
+    found = measure(part or WHOLE)
     for grid in found.grids:
         Console(width=160).print(grid.rich())
-    if not arguments.quick:
+    if part is None:
         keep(found)
 
 

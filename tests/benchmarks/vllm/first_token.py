@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -42,24 +43,40 @@ _PROMPT: Final = 32
 _REST: Final = 0.3  # seconds before each request, in which the threads of the one before cease to spin
 
 
-def measure(*, quick: bool) -> Outcome:
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """What is measured: the lengths of prefixes in tokens, the rounds of each, and the cases."""
+
+    lengths: tuple[int, ...]
+    rounds: int
+    cases: frozenset[str]
+
+
+_ALL: Final = frozenset({NEW, FRESH, FETCHED, BLOCKS, TEXT, TEXT_BLOCKS, PEFT, TRANSFER})
+WHOLE: Final = Extent(_LENGTHS, 15, _ALL)
+QUICK: Final = Extent(_LENGTHS[:2], 2, _ALL)
+COLD: Final = Extent(_LENGTHS[-1:], 60, frozenset({NEW, FETCHED, TRANSFER}))
+
+
+def measure(extent: Extent) -> Outcome:
     """Measures one length after another, the cases of each in turns."""
     gguf = find_model()
     if gguf is None or not PYTHON.exists():
         raise SystemExit(f"this needs the model ({HOW_TO_GET_IT}) and vLLM (bash tests/vllm/install)")
-    lengths, rounds = (_LENGTHS[:2], 2) if quick else (_LENGTHS, 15)
     found: dict[int, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory(prefix="prefix-vllm-") as name, ExitStack() as stack:
         folder = Path(name)
         model = save_model(gguf, folder / "model")
         server = stack.enter_context(running_server(folder / "data", environment=QUIET))
-        for length in lengths:
+        for length in extent.lengths:
             publish(server, f"bench/n{length}", write_adapter(folder / f"n{length}", model.model.config, length))
-        started = stack.enter_context(engine_behind(server, folder, max(lengths)))
-        for length in lengths:
-            say(f"{length} tokens, {rounds} rounds")
+        started = stack.enter_context(engine_behind(server, folder, max(extent.lengths)))
+        for length in extent.lengths:
+            say(f"{length} tokens, {extent.rounds} rounds")
             tuned = PeftModel.from_pretrained(model.model, str(folder / f"n{length}")).train(mode=False)
-            times = found[length] = in_turns(_cases(started, server, tuned, length), rounds)
+            cases = _cases(started, server, tuned, length)
+            wanted = {name: case for name, case in cases.items() if name.removesuffix(_FAR) in extent.cases}
+            times = found[length] = in_turns(wanted, extent.rounds)
             for far in ("", _FAR) if link.is_there() else ("",):
                 pairs = zip(times[NEW + far], times[FETCHED + far], strict=True)
                 times[ADDED + far] = [new - old for new, old in pairs]
@@ -183,9 +200,9 @@ def _peft_seconds(tuned: Any, ids: torch.Tensor) -> float:
 
 
 def _outcome(found: dict[int, dict[str, list[float]]]) -> Outcome:
-    cases = [BLOCKS, FETCHED, NEW, ADDED, TRANSFER, FRESH, TEXT_BLOCKS, TEXT, PEFT]
-    if link.is_there():
-        cases += [name + _FAR for name in (FETCHED, NEW, ADDED, TRANSFER)]
+    order = [BLOCKS, FETCHED, NEW, ADDED, TRANSFER, FRESH, TEXT_BLOCKS, TEXT, PEFT]
+    order += [name + _FAR for name in (FETCHED, NEW, ADDED, TRANSFER)]
+    cases = [case for case in order if all(case in times for times in found.values())]
     spreads = {case: [Spread.of([s * 1000 for s in times[case]]) for times in found.values()] for case in cases}
     head = ["ms until the first token", *(f"N = {length:,}" for length in found)]
     rows = [[case, *map(str, spreads[case])] for case in cases]
