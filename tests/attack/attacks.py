@@ -50,9 +50,9 @@ _JSON: Final = (1 << 20) - 1000
 @dataclass(frozen=True, slots=True)
 class Attack:
     """One attack. `allowed` lists the statuses that it may be answered with, beside a connection that is cut off. It
-    may make so many bytes on the `disk`: twice its tenant's quota, and a version that was stored beside another before
-    it was refused. Only one that `works` may take memory of the work
-    budget; what others read is in the budgets of prefixes and renderings."""
+    may make so many bytes on the `disk`: twice its tenant's quota, and one version that was stored beside another
+    before it was refused. Only one that `works` may take memory of the work budget; what others read is in the budgets
+    of prefixes and renderings."""
 
     name: str
     key: Key

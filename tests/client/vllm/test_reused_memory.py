@@ -169,7 +169,8 @@ def test_threads_never_share_memory() -> None:
                 held.append((value, _tensor(memory, draw.randrange(1, 3 * _MIB), value)))
                 if len(held) > 3:
                     value, tensor = held.pop(draw.randrange(3))
-                    torn.append(value) if bool((tensor != value).any()) else None
+                    if bool((tensor != value).any()):
+                        torn.append(value)
         except BaseException as error:  # noqa: BLE001 - shown below
             failed.append(error)
 
@@ -180,9 +181,8 @@ def test_threads_never_share_memory() -> None:
         thread.join()
     assert not failed
     assert not torn
-    last = memory.allocate(1)  # takes back what a thread returned while another held the lock
-    assert len(last) == 1
-    assert memory._in_use == 1
+    assert memory._in_use == 0  # also what a thread returned while another held the lock
+    assert sum(map(len, memory._spare)) <= 20 * _MIB
 
 
 @pytest.mark.parametrize("connections", [1, 3])
