@@ -12,6 +12,7 @@ from typing import Any
 import psycopg
 import pytest
 import sqlalchemy as sa
+from psycopg.pq import PGconn
 
 from prefix_service.catalog import glances
 from prefix_service.catalog.access import Patience
@@ -188,27 +189,33 @@ async def test_what_fails_twice_is_refused(database: Database) -> None:
 
 
 @pytest.mark.parametrize("was_committed", [True, False])
-async def test_a_lost_reply_to_a_commit(tenants: Tenants, monkeypatch: pytest.MonkeyPatch, was_committed: bool) -> None:
-    """The server is asked how the transaction ended: one that was committed succeeds, and is not made twice; another is
-    tried again."""
-    commit, lost = BoundedConnection.commit, 0
+@pytest.mark.parametrize("seconds", [0.0, 0.5])
+async def test_a_lost_reply_to_a_commit(
+    tenants: Tenants, monkeypatch: pytest.MonkeyPatch, was_committed: bool, seconds: float
+) -> None:
+    """The server is asked how the transaction ended, until it ends: it may notice a lost connection late. One that was
+    committed succeeds, and is not made twice; another is tried again."""
+    commit, lost = BoundedConnection.commit, list[threading.Timer]()
 
     def losing(connection: BoundedConnection) -> None:
-        nonlocal lost
         own_id = connection.execute("SELECT pg_current_xact_id_if_assigned()").fetchone()
         if own_id == (None,) or lost:
             commit(connection)
             return
-        lost += 1
         if was_committed:
             commit(connection)
-        connection.close()
+        ended = PGconn.connect_start(b"")
+        ended.finish()
+        lost.append(threading.Timer(seconds, connection.pgconn.finish))
+        connection.pgconn = ended
+        lost[0].start()
         raise psycopg.OperationalError("server closed the connection unexpectedly")
 
     monkeypatch.setattr(BoundedConnection, "commit", losing)
     assert await write_catalog(tenants.put, "acme", BY) is True
-    assert lost == 1
+    assert len(lost) == 1
     assert [one.name for one in tenants.listed("", 9)] == ["acme"]
+    lost[0].join()
 
 
 async def test_a_transaction_that_loses_its_connection_late_is_tried_again(url: str) -> None:

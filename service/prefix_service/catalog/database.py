@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
@@ -34,6 +35,8 @@ log = logging.getLogger("prefix_service")
 
 _MIGRATIONS: Final = Path(__file__).parent / "migrations"
 _MIGRATION_LOCK: Final = 0x7072_6566_6978  # "prefix": any number that all processes agree on
+_ENDING: Final = 2.0  # seconds in which a transaction ends whose connection was lost
+_PAUSE: Final = 0.02  # seconds
 _PRECISE: Final = "%Y-%m-%d %H:%M:%f"
 
 Insert: TypeAlias = sqlite.Insert | postgresql.Insert
@@ -129,15 +132,30 @@ class Database:
         """
         if stored is None or stored.transaction is None:
             raise failure
-        query = sa.text("SELECT pg_xact_status(CAST(:id AS xid8))")
         try:
-            with self._reads.connected() as connection, connection.begin():
-                status = connection.execute(query, {"id": stored.transaction}).scalar_one()
+            status = self._status_of(stored.transaction)
         except StorageFailed:
             status = None
         if status != "committed":
             failure.is_undone = status == "aborted"
             raise failure
+
+    def _status_of(self, transaction: str) -> str | None:
+        """Returns how a transaction of PostgreSQL ended: "committed", "aborted", "in progress", or None for one of long
+        ago. A server needs a moment to notice a lost connection, so one in progress is asked for again, for up to
+        `_ENDING` seconds.
+
+        Raises:
+            StorageFailed: the database refused, or did not answer in time.
+        """
+        query = sa.text("SELECT pg_xact_status(CAST(:id AS xid8))")
+        until = time.monotonic() + _ENDING
+        while True:
+            with self._reads.connected() as connection, connection.begin():
+                status: str | None = connection.execute(query, {"id": transaction}).scalar_one()
+            if status != "in progress" or time.monotonic() >= until:
+                return status
+            time.sleep(_PAUSE)
 
     def after_writes(self, call: Callable[[int, list[Change]], object]) -> None:
         """Call this with the changes of every write transaction of this process that is durable, and the revision of
