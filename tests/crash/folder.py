@@ -6,12 +6,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import anyio
 import structlog
 import torch
 
 from prefix_service.blobs.folder import FolderBlobStore
+from prefix_service.catalog import threads
 from prefix_service.catalog.audit import AuditLog
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.deletions import Deletions
@@ -73,7 +75,9 @@ def serving(data_dir: Path) -> Iterator[Service]:
     try:
         keyring = Keyring(database, data_dir / "key.secret")
         cases = compose(database, keyring, blobs, registry, _LIMITS, generous_admission())
-        yield Service(data_dir, database, cases, blobs, keyring)
+        # A read that a slow machine holds up for two seconds would be refused, and a change fail without a failed call.
+        with patch.object(threads, "DEADLINE", 60.0):
+            yield Service(data_dir, database, cases, blobs, keyring)
     finally:
         database.close()
 

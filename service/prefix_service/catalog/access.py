@@ -208,7 +208,7 @@ def translated() -> Iterator[None]:
 def refused(error: BaseException | None) -> StorageFailed:
     """Say what a driver said, without the values that its text may hold."""
     if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
-        return StorageFailed("the catalog is locked by another process")
+        return StorageFailed("the catalog is locked, by another process or by a write that its disk holds up")
     if getattr(error, "sqlite_errorname", "") == "SQLITE_READONLY_ROLLBACK":
         return StorageFailed(
             "a crash cut a change of the catalog short: start a service without --read-only on it once, which undoes it"

@@ -809,7 +809,7 @@ def test_usage_of_days(admin_page: Seen) -> None:
     admin_page.open("usage", "Usage")
     page.get_by_label("Of the last").select_option("720")
     chart = page.get_by_role("img", name=re.compile("^Since [0-9]+ [A-Z][a-z]+, [0-9]{2}:[0-9]{2}; now requests: "))
-    chart.hover()
+    chart.locator(".u-over").hover()  # which is there once the chart is drawn
     expect(page.locator(".u-legend")).to_contain_text(re.compile("[0-9]+ [A-Z][a-z]{2}"))
 
 
