@@ -81,16 +81,13 @@ def fleet(postgresql: PostgreSQL, tmp_path_factory: pytest.TempPathFactory) -> I
     postgresql.drop(database)
 
 
-def published(fleet: Fleet, *names: str) -> str:
-    """Publishes two versions of each adapter through the first replica, and returns the revision after that."""
-    revision = ""
-    for name in names:
-        for seed in range(2):
-            assert upload(fleet.clients[0], "acme", name, file=weights(seed)).status_code == 201
-        aliased = fleet.clients[0].put(f"{ADAPTER}/{name}/aliases/prod", json={"version": 1})
-        assert aliased.status_code == 201
-        revision = aliased.headers["prefix-revision"]
-    return revision
+def published(fleet: Fleet, name: str) -> str:
+    """Publishes two versions of an adapter through the first replica, and returns the revision after that."""
+    for seed in range(2):
+        assert upload(fleet.clients[0], "acme", name, file=weights(seed)).status_code == 201
+    aliased = fleet.clients[0].put(f"{ADAPTER}/{name}/aliases/prod", json={"version": 1})
+    assert aliased.status_code == 201
+    return str(aliased.headers["prefix-revision"])
 
 
 def version_at(client: httpx.Client, reference: str, **headers: str) -> str:

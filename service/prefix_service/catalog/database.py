@@ -35,8 +35,8 @@ log = logging.getLogger("prefix_service")
 
 _MIGRATIONS: Final = Path(__file__).parent / "migrations"
 _MIGRATION_LOCK: Final = 0x7072_6566_6978  # "prefix": any number that all processes agree on
-_ENDING: Final = 2.0  # seconds in which a transaction ends whose connection was lost
-_PAUSE: Final = 0.02  # seconds
+_ENDING: Final = 2.0  # seconds that a server has to notice a lost connection, and to end its transaction
+_PAUSE: Final = 0.02  # seconds between two questions whether it has ended
 _PRECISE: Final = "%Y-%m-%d %H:%M:%f"
 
 Insert: TypeAlias = sqlite.Insert | postgresql.Insert
